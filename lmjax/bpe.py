@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte-pair encoders in the forms that GPT-1 and GPT-2 were published in, through `tokenizers`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
+_BYTE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_GPT1_FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
+
+
+def train_byte_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
+    """GPT-2's byte-level BPE learnt from texts: 256 bytes, merges, `<|endoftext|>` last."""
+    if vocab < 257:
+        raise ValueError(f"vocab={vocab}: a byte BPE needs at least 257 (256 bytes, {END_OF_TEXT})")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - 1,  # pyright: ignore[reportCallIssue]
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore
+        show_progress=False,  # pyright: ignore
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def read_byte_bpe(folder: Path) -> Tokenizer:
+    """A published byte-level BPE: vocab.json + merges.txt, encoder.json + vocab.bpe or
+    tokenizer.json. Errors: ValueError naming the file."""
+    if (folder / "tokenizer.json").is_file() and not _pair(folder, _BYTE_FILES):
+        return parse_tokenizer(folder / "tokenizer.json")
+    vocab, merges = _read_pair(folder, (*_BYTE_FILES,), "tokenizer.json")
+    tokenizer = _byte_level(models.BPE(vocab, merges))
+    if END_OF_TEXT in vocab:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_gpt1_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
+    """GPT-1's lower-cased BPE with `</w>` learnt from texts; `<unk>` is id 0."""
+    tokenizer = _lower_cased(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,  # pyright: ignore[reportCallIssue]
+        special_tokens=[UNKNOWN],  # pyright: ignore
+        end_of_word_suffix="</w>",  # pyright: ignore
+        show_progress=False,  # pyright: ignore
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_gpt1_bpe(folder: Path) -> Tokenizer:
+    """GPT-1's published BPE: encoder_bpe_40000.json + vocab_40000.bpe, or their later names."""
+    vocab, merges = _read_pair(folder, _GPT1_FILES, "")
+    if UNKNOWN not in vocab:
+        raise ValueError(f"{folder}: the vocabulary has no {UNKNOWN}; is it GPT-1's?")
+    model = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix="</w>")
+    tokenizer = _lower_cased(model)
+    tokenizer.add_special_tokens([UNKNOWN])
+    return tokenizer
+
+
+def _lower_cased(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    return tokenizer
+
+
+def parse_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json that holds a BPE. Errors: ValueError naming the file."""
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
+    if not isinstance(tokenizer.model, models.BPE):
+        raise ValueError(f"{path}: holds a {type(tokenizer.model).__name__}, not a BPE")
+    return tokenizer
+
+
+def without_controls(
+    tokenizer: Tokenizer, keep: tuple[str, ...] = ()
+) -> tuple[Tokenizer, dict[int, str]]:
+    """A copy that finds no added token in text, and the added tokens by id.
+
+    The library turns every occurrence of an added token into its id; in lmjax a control id
+    never comes from text, so `<|endoftext|>` in a document is encoded letter by letter.
+    """
+    spec: dict[str, Any] = json.loads(tokenizer.to_str())
+    controls = {t["id"]: t["content"] for t in spec["added_tokens"] if t["content"] not in keep}
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in keep]
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    if spec["model"].get("ignore_merges"):
+        # Whole words are looked up before merging: a control word must not be among them.
+        for content in controls.values():
+            spec["model"]["vocab"].pop(content, None)
+    return Tokenizer.from_str(json.dumps(spec)), controls
+
+
+def _pair(folder: Path, names: tuple[tuple[str, str], ...]) -> tuple[Path, Path] | None:
+    for vocab, merges in names:
+        if (folder / vocab).is_file() and (folder / merges).is_file():
+            return folder / vocab, folder / merges
+    return None
+
+
+def _read_pair(
+    folder: Path, names: tuple[tuple[str, str], ...], other: str
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    pair = _pair(folder, names)
+    if pair is None:
+        wanted = [f"{vocab} + {merges}" for vocab, merges in names] + ([other] if other else [])
+        raise ValueError(f"{folder}: no tokenizer here; wanted {' or '.join(wanted)}")
+    vocab = _read_vocab(pair[0])
+    return vocab, _read_merges(pair[1], vocab)
+
+
+def _read_vocab(path: Path) -> dict[str, int]:
+    try:
+        vocab = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from None
+    if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"{path}: the ids of a vocabulary are 0 to its size, each once")
+    return vocab
+
+
+def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error})") from None
+    merges = []
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or any(part not in vocab for part in (*pair, "".join(pair))):
+            raise ValueError(f"{path}:{number}: no merge of two pieces of the vocabulary: {line!r}")
+        merges.append((pair[0], pair[1]))
+    return merges
