@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs: python -m lmjax VERB EXPERIMENT --key=value …"""
+
+import argparse
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmjax import recipe
+
+Assignments = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it does, its own flags, and a function (arguments, recipe keys) → None."""
+
+    summary: str
+    example: str
+    act: Callable[[argparse.Namespace, Assignments], None]
+    flags: Callable[[argparse.ArgumentParser], None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; returns the exit code."""
+    _quiet_libraries()
+    try:
+        arguments, keys = _parse(argv)
+        VERBS[arguments.verb].act(arguments, keys)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LMJAX_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Assignments]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m lmjax",
+        description="Pretrains, evaluates and samples classic language models.",
+        epilog="Each verb has --help with an example.",
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary,
+            epilog=f"example:\n  {verb.example}\n\n{_KEYS_HELP}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        sub.add_argument("experiment", metavar="EXPERIMENT", help="an experiment file")
+        sub.add_argument("--tiny", action="store_true", help="the file's toy recipe")
+        verb.flags(sub)
+    arguments, rest = parser.parse_known_args(list(argv))
+    return arguments, _assignments(rest)
+
+
+_KEYS_HELP = """Any value of the recipe is a key: --steps=100 --model.depth=2 --optim.peak=1e-3
+--data.corpus='files:books/*.txt'. `describe EXPERIMENT` shows them all."""
+
+
+def _assignments(rest: list[str]) -> Assignments:
+    """Recipe keys, as `--key=value` or `--key value`."""
+    keys: Assignments = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}; recipe keys look like --key=value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ValueError(f"--{key} needs a value: --{key}=…")
+        keys.append((key, value))
+    return keys
+
+
+def _workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+
+
+def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
+    return recipe.override(recipe.load(arguments.experiment, arguments.tiny), keys)
+
+
+def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
+    """The experiment as the run directory recorded it, then the keys that were typed."""
+    from lmjax.checkpoint import read_json
+
+    run = recipe.load(arguments.experiment, arguments.tiny)
+    recorded = read_json(Path(arguments.workdir) / "recipe.json")["run"]
+    for part in ("model", "loss"):
+        mine = recipe.to_json(getattr(run, part))
+        kind = mine.get("class", mine.get("function"))
+        theirs = recorded[part].get("class", recorded[part].get("function"))
+        if kind != theirs:
+            raise ValueError(
+                f"{arguments.workdir} holds a run with {part} {theirs}, "
+                f"{arguments.experiment} has {kind}: another experiment file"
+            )
+    return recipe.override(recipe.from_json(run, recorded), keys)
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, str]:
+    bound = runpy.run_path(arguments.experiment)
+    name = Path(arguments.experiment).stem + (" (tiny)" if arguments.tiny else "")
+    return {"name": name, "description": (bound.get("__doc__") or "").strip()}
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument(
+        "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
+    )
+
+
+def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    from lmjax.train import train
+
+    allow = tuple(k for k in arguments.allow.split(",") if k)
+    train(run, Path(arguments.workdir), _about(arguments), allow)
+
+
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("--split", default="", help="default: test, or validation without one")
+
+
+def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    from lmjax.evaluate import evaluate
+
+    evaluate(run, Path(arguments.workdir), arguments.split)
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    add = parser.add_argument
+    add("--prompt", default="", help="text to go on from")
+    add("--tokens", type=int, default=200, help="how many tokens at most (default %(default)s)")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--beams", type=int, default=1, help="beam search with that many beams")
+    add("--temperature", type=float, default=1.0, help="flattens (>1) or sharpens (<1)")
+    add("--top_k", type=int, default=0, help="draw among the k likeliest only; 0 is all")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest that hold this mass")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--seed", type=int, default=0, help="of the draws")
+
+
+def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    from lmjax.generate import Sampling
+    from lmjax.sample import sample
+
+    how = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        greedy=arguments.greedy,
+        seed=arguments.seed,
+    )
+    sample(
+        run, Path(arguments.workdir), arguments.prompt, how,
+        tokens=arguments.tokens, beams=arguments.beams, stop=arguments.stop,
+    )  # fmt: skip
+
+
+def _describe_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    from lmjax.run import describe
+
+    resolved, summary = recipe.to_json(run), describe(run)
+    if not arguments.json:
+        print(_about(arguments)["description"] + "\n")
+        for key, value in recipe.flatten(resolved):
+            if not key.endswith(("class", "function")):
+                print(f"--{key}={value}")
+        print()
+        for key, value in summary.items():
+            print(f"{key:>16}  {value:,}")
+    print(json.dumps({**summary, "run": resolved}, ensure_ascii=False))
+
+
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="FOLDER", help="Hugging Face folder"
+    )
+
+
+def _import(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    from lmjax.convert.exchange import import_folder
+
+    import_folder(run, Path(arguments.source), Path(arguments.workdir), _about(arguments))
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument(
+        "--to", dest="target", required=True, metavar="FOLDER", help="a new folder"
+    )
+
+
+def _export(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    from lmjax.convert.exchange import export_folder
+
+    export_folder(run, Path(arguments.workdir), Path(arguments.target))
+
+
+_EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "
+VERBS = {
+    "train": Verb(
+        "Trains, resuming by itself what DIR holds.",
+        _EXAMPLE.format("train") + "--tiny --workdir=runs/tiny --steps=50",
+        _train,
+        _train_flags,
+    ),
+    "evaluate": Verb(
+        "Scores the newest checkpoint on a held-out split.",
+        _EXAMPLE.format("evaluate") + "--workdir=runs/tiny --split=test",
+        _evaluate,
+        _evaluate_flags,
+    ),
+    "generate": Verb(
+        "Continues a prompt with the newest checkpoint.",
+        _EXAMPLE.format("generate") + '--workdir=runs/tiny --prompt="The module" --top_k=40',
+        _generate,
+        _generate_flags,
+    ),
+    "describe": Verb(
+        "Shows the resolved recipe and what it costs; allocates nothing.",
+        _EXAMPLE.format("describe") + "--batch=256",
+        _describe,
+        _describe_flags,
+    ),
+    "import": Verb(
+        "Starts a run directory from a Hugging Face folder (config.json + safetensors).",
+        _EXAMPLE.format("import") + "--workdir=runs/gpt2 --from=gpt2/",
+        _import,
+        _import_flags,
+    ),
+    "export": Verb(
+        "Writes the newest checkpoint as a Hugging Face folder and checks it.",
+        _EXAMPLE.format("export") + "--workdir=runs/gpt2 --to=exported/",
+        _export,
+        _export_flags,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

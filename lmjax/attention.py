@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scaled dot-product attention behind one function, with the platform's best kernel.
+
+Shapes: B batch, H heads, L queries, S keys, K head width. All kernels compute the softmax in
+float32 and agree within the rounding of the compute dtype.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lmjax import sharding
+
+Kernel = Literal["auto", "xla", "splash", "cudnn"]
+_SPLASH_BLOCK = 1024
+_SPLASH_MULTIPLE = 128
+_CPU_QUERY_BLOCK = 64
+
+
+def attention(
+    query_BHLK: jax.Array,
+    key_BHSK: jax.Array,
+    value_BHSK: jax.Array,
+    *,
+    causal: bool,
+    segments_BL: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    kernel: Kernel = "auto",
+) -> jax.Array:
+    """softmax(Q Kᵀ / √K + mask) V, shape (B, H, L, K).
+
+    Args:
+      causal: a query sees no later key.
+      segments_BL: a query sees only keys of its own segment (L = S).
+      offset: position of the first query among the keys, when they come from a cache.
+      dropout: rate on the attention probabilities; only the XLA kernel has it.
+      kernel: "auto" takes splash on TPU, cuDNN on GPU and XLA elsewhere, where they apply.
+
+    Raises:
+      ValueError: the kernel that was asked for cannot do this.
+    """
+    dropout = dropout if dropout_key is not None else 0.0
+    refusals = {
+        "splash": _splash_refuses(query_BHLK, key_BHSK, offset, dropout),
+        "cudnn": _cudnn_refuses(query_BHLK, segments_BL, offset, dropout),
+    }
+    if kernel == "auto":
+        best = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
+        kernel = "xla" if refusals.get(best) else best  # type: ignore[assignment]
+    elif refusals.get(kernel):
+        raise ValueError(f"attention kernel {kernel}: {refusals[kernel]}; allowed: auto, xla")
+    if kernel == "splash":
+        return _splash(query_BHLK, key_BHSK, value_BHSK, causal, segments_BL)
+    if kernel == "cudnn":
+        return _cudnn(query_BHLK, key_BHSK, value_BHSK, causal)
+    return _xla(
+        query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key
+    )
+
+
+def _mask(
+    first: int,
+    queries: int,
+    keys: int,
+    causal: bool,
+    segments_BL: jax.Array | None,
+    offset: jax.Array | None,
+) -> jax.Array | None:
+    """What queries first … first + queries may see of the first `keys` keys; None is everything."""
+    mask = None
+    if causal:
+        place_L = first + jnp.arange(queries) + (0 if offset is None else offset)
+        mask = (place_L[:, None] >= jnp.arange(keys)[None, :])[None, None]
+    if segments_BL is not None:
+        same_BLS = segments_BL[:, first : first + queries, None] == segments_BL[:, None, :keys]
+        mask = same_BLS[:, None] if mask is None else mask & same_BLS[:, None]
+    return mask
+
+
+def _attend(query, key, value, mask, dropout, dropout_key) -> jax.Array:
+    scores_BHLS = jnp.einsum("BHLK,BHSK->BHLS", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores_BHLS = jnp.where(mask, scores_BHLS, jnp.finfo(jnp.float32).min)
+    probs_BHLS = jax.nn.softmax(scores_BHLS, axis=-1)
+    if dropout:
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout, probs_BHLS.shape)
+        probs_BHLS = jnp.where(keep, probs_BHLS / (1 - dropout), 0.0)
+    return jnp.einsum("BHLS,BHSK->BHLK", probs_BHLS.astype(value.dtype), value)
+
+
+def _xla(query, key, value, causal, segments_BL, offset, dropout, dropout_key) -> jax.Array:
+    query = query * (query.shape[-1] ** -0.5)
+    length, keys = query.shape[2], key.shape[2]
+    whole = functools.partial(_attend, dropout=dropout, dropout_key=dropout_key)
+    mask = functools.partial(_mask, causal=causal, segments_BL=segments_BL, offset=offset)
+    blockwise = causal and offset is None and not dropout and sharding.platform() == "cpu"
+    if not blockwise or length <= _CPU_QUERY_BLOCK:
+        return whole(query, key, value, mask(0, length, keys))
+    # A block of queries meets only the keys up to its end: half the work of the full square.
+    blocks = []
+    for first in range(0, length, _CPU_QUERY_BLOCK):
+        last = min(first + _CPU_QUERY_BLOCK, length)
+        blocks.append(
+            whole(
+                query[:, :, first:last],
+                key[:, :, :last],
+                value[:, :, :last],
+                mask(first, last - first, last),
+            )
+        )
+    return jnp.concatenate(blocks, axis=2)
+
+
+def _cudnn_refuses(query, segments_BL, offset, dropout) -> str | None:
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs 16-bit inputs, not {query.dtype}"
+    if segments_BL is not None:
+        return "has no segment mask"
+    return "has no cache or dropout here" if offset is not None or dropout else None
+
+
+def _cudnn(query, key, value, causal) -> jax.Array:
+    heads_last = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
+    out_BLHK = jax.nn.dot_product_attention(*heads_last, is_causal=causal, implementation="cudnn")
+    return jnp.swapaxes(out_BLHK, 1, 2)
+
+
+def _splash_refuses(query, key, offset, dropout) -> str | None:
+    if query.shape[2] != key.shape[2] or query.shape[2] % _SPLASH_MULTIPLE:
+        return f"needs equal lengths, a multiple of {_SPLASH_MULTIPLE}"
+    return "has no cache or dropout" if offset is not None or dropout else None
+
+
+def _splash(query, key, value, causal, segments_BL) -> jax.Array:
+    # Imported here: Pallas takes half a second to import and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    heads = query.shape[1] // sharding.axis_size(sharding.TENSOR)
+    length = query.shape[2]
+    block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
+    one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+    kernel = splash.make_splash_mha(
+        mask=masks.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        # Saved by name, or rematerialisation would run the forward kernel again.
+        residual_checkpoint_name="attention",
+        block_sizes=splash.BlockSizes(
+            block_q=min(block, 512) if length % 512 == 0 else block,
+            block_kv=block,
+            block_kv_compute=min(block, 512) if block % 512 == 0 else block,
+            block_q_dkv=min(block, 512) if length % 512 == 0 else block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=min(block, 512) if block % 512 == 0 else block,
+            use_fused_bwd_kernel=True,
+        ),
+    )
+
+    def local(query, key, value, *segments):
+        ids = [splash.SegmentIds(q=s, kv=s) for s in segments]
+        return jax.vmap(kernel)(query * (query.shape[-1] ** -0.5), key, value, *ids)
+
+    heads_spec = P(sharding.BATCH_AXES, sharding.TENSOR, None, None)
+    rows_spec = P(sharding.BATCH_AXES, None)
+    segments = [] if segments_BL is None else [segments_BL]
+    mapped = sharding.map_shards(
+        local, (heads_spec,) * 3 + (rows_spec,) * len(segments), heads_spec
+    )
+    return mapped(query, key, value, *segments)

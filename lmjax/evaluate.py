@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out evaluation: every token of a split scored once, in numbers that can be compared."""
+
+import lzma
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax import batches, sharding
+from lmjax.checkpoint import load_params, write_text
+from lmjax.data import Prepared
+from lmjax.recipe import dump
+from lmjax.report import write_report
+from lmjax.run import Run
+from lmjax.step import abstract_params, make_eval_step
+from lmjax.store import Split
+
+# xz needs the text in memory; beyond this a comparison takes minutes and tells nothing new.
+_XZ_LIMIT = 64 * 2**20
+
+
+class Evaluator:
+    """Scores one split of a run's data; compiled once, used as often as wanted."""
+
+    def __init__(self, run: Run, prepared: Prepared, split: str, windows: int = 0) -> None:
+        """The first `windows` windows of `split`, or all of them.
+
+        Raises:
+          ValueError: no such split, or one with fewer tokens than a window.
+        """
+        splits = prepared.store.splits
+        if split not in splits:
+            raise ValueError(f"there is no {split} split here; allowed: {', '.join(splits)}")
+        self.split = splits[split]
+        self._examples = run.data.examples
+        self._lossless = prepared.tokenizer.lossless
+        count = self._examples.held_out_count(self.split)
+        self.windows = min(windows, count) if windows else count
+        self._plan = batches.Plan(run.batch, self._examples.length)
+        self._step = jax.jit(make_eval_step(run.model, run.loss))
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Mean of every loss per unit of weight, and `<name>_weight`, the units."""
+        steps = -(-self.windows // self._plan.sizes[-1])
+
+        def make(windows: np.ndarray) -> batches.Arrays:
+            batch = self._examples.held_out(self.split, windows)
+            batch["weights_BL"] *= (windows < self.windows)[:, None]
+            return batch
+
+        parts = [self._step(params, b) for b in batches.batches(make, self._plan, 0, steps)]
+        result = {}
+        for name in parts[0]:  # summed on the host: float32 would lose the last digits
+            sums, weights = zip(*(jax.device_get(part[name]) for part in parts), strict=True)
+            weight = float(np.sum(weights, dtype=np.float64))
+            result[name] = float(np.sum(sums, dtype=np.float64)) / weight
+            result[f"{name}_weight"] = weight
+        return result
+
+    def report(self, params: Any, step: int) -> dict[str, Any]:
+        """The contents of `evaluation-<split>.json`: the whole split, in nats and bits.
+
+        Bits per byte divide by the bytes of the split's text; the ends of documents are paid for
+        as well. A tokeniser that loses text has none (null).
+        """
+        scores = self(params)
+        tokens = int(scores["loss_weight"])
+        bits = scores["loss"] * tokens / math.log(2)
+        return {
+            "split": self.split.name,
+            "loss": scores["loss"],
+            "perplexity": math.exp(min(scores["loss"], 700)),
+            "bits_per_byte": bits / self.split.n_bytes if self._lossless else None,
+            "accuracy": scores["accuracy"],
+            "tokens": tokens,
+            "bytes": self.split.n_bytes,
+            "documents": self.split.n_documents,
+            "step": step,
+        }
+
+
+def evaluate(run: Run, workdir: Path, split: str = "") -> dict[str, Any]:
+    """Scores the newest checkpoint of `workdir`; prints, and writes `evaluation-<split>.json`.
+
+    Args:
+      split: default "test", or "validation" where the recipe holds out no test split.
+
+    Raises:
+      ValueError: no checkpoint, no such split, or a store that does not fit the recipe.
+    """
+    with sharding.use(run.mesh.mesh()):
+        prepared = run.data.prepare(workdir, say=lambda _: None)
+        split = split or ("test" if "test" in prepared.store.splits else "validation")
+        score = Evaluator(run, prepared, split)
+        step, params = load_params(workdir, abstract_params(run.model))
+        result = score.report(params, step)
+    result["baselines"] = baselines(prepared, split) if prepared.tokenizer.lossless else None
+    write_text(workdir / f"evaluation-{split}.json", dump(result))
+    for line in _lines(result):
+        print(line)
+    print(f"report: {write_report(workdir)}")
+    return result
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{result['split']} split at step {result['step']:,}: {result['tokens']:,} tokens, "
+        f"{result['bytes']:,} bytes, {result['documents']:,} documents"
+    )
+    yield f"  loss           {result['loss']:.4f} nats per token"
+    yield f"  perplexity     {result['perplexity']:.3f} per token"
+    if result["bits_per_byte"] is None:
+        yield "  bits per byte  none: this tokeniser does not keep the text"
+        return
+    yield f"  bits per byte  {result['bits_per_byte']:.4f}"
+    for name, value in result["baselines"].items():
+        if value is not None:
+            yield f"    {name.split('_')[0]:<12} {value:.4f}  (the same text)"
+
+
+def baselines(prepared: Prepared, split: str) -> dict[str, float | None]:
+    """Bits per byte of a unigram model of the same tokens and of xz on the same text.
+
+    The unigram model has the training split's token counts, plus one.
+    """
+    train, held_out = prepared.store.splits["train"], prepared.store.splits[split]
+    counts = np.bincount(train.tokens, minlength=prepared.tokenizer.vocab) + 1.0
+    nats = -np.log(counts / counts.sum())
+    bits = float(nats[held_out.tokens].sum() / math.log(2))
+    xz_bytes = None
+    if held_out.n_bytes <= _XZ_LIMIT:
+        xz_bytes = len(lzma.compress(split_text(prepared, held_out), preset=9))
+    return {
+        "unigram_bits_per_byte": bits / held_out.n_bytes,
+        "xz_bits_per_byte": None if xz_bytes is None else 8 * xz_bytes / held_out.n_bytes,
+    }
+
+
+def split_text(prepared: Prepared, split: Split) -> bytes:
+    """The text of a split, documents one after the other."""
+    ends = np.append(split.starts[1:], len(split.tokens))
+    skip = split.eot is not None
+    decode: Callable[[Any], str] = prepared.tokenizer.decode
+    documents = (
+        decode(split.tokens[start + skip : end])
+        for start, end in zip(split.starts, ends, strict=True)
+    )
+    return "".join(documents).encode()

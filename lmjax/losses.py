@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: `loss(outputs, batch) → {name: (sum, weight)}`, sums and weights, never means.
+
+Sums are added over microbatches, devices and hosts first and divided last, so that padding,
+gradient accumulation and the number of devices leave the value unchanged.
+
+Shapes: B batch, L length, D width, V vocabulary; in a shard and chunk: N tokens.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lmjax import sharding
+from lmjax.layers import Batch, Outputs, Readout
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+# float32 scores that one device holds at a time: small enough for a CPU's caches; on accelerators
+# large, because every chunk adds to the table's gradient in memory.
+_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**30, "tpu": 2**28}
+
+
+def next_token(outputs: Outputs, batch: Batch) -> Sums:
+    """Next-token cross-entropy in nats, and the share of targets that score highest."""
+    weights_BL = batch["weights_BL"]
+    nll, hits = cross_entropy(
+        outputs.hidden_BLD, outputs.readout, batch["targets_BL"], weights_BL
+    )
+    weight = weights_BL.sum()
+    return {"loss": (nll, weight), "accuracy": (jax.lax.stop_gradient(hits), weight)}
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array,
+    readout: Readout,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    chunk_bytes: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of the negative log-likelihood and of hits, without ever holding all scores.
+
+    Tokens go through in chunks whose gradients are formed at once, in the forward pass, so a
+    chunk's (N, V) scores are all that exists. Over `tensor`, each device scores its own part of
+    the vocabulary.
+
+    Args:
+      chunk_bytes: float32 bytes of scores that a device may hold; default by platform.
+
+    Returns:
+      Σ weight · −log p(target) and Σ weight · [target has the highest score], float32 scalars.
+    """
+    if chunk_bytes is None:
+        chunk_bytes = _CHUNK_BYTES.get(sharding.platform(), 2**28)
+    rows_per_device = readout.table_VD.shape[0] // sharding.axis_size(sharding.TENSOR)
+    batch_per_device = hidden_BLD.shape[0] // sharding.axis_size(*sharding.BATCH_AXES)
+    chunks = _chunks(hidden_BLD.shape[1], batch_per_device * rows_per_device * 4, chunk_bytes)
+    bias_V = readout.bias_V
+    if bias_V is None:
+        bias_V = jnp.zeros(readout.table_VD.shape[:1], jnp.float32)
+    targets = (targets_BL, weights_BL.astype(jnp.float32))
+    return _cross_entropy(hidden_BLD, readout.table_VD, bias_V, targets, readout.rows, chunks)
+
+
+def _chunks(length: int, bytes_per_position: int, budget: int) -> int:
+    """Fewest chunks of equal length that keep within the budget."""
+    wanted = max(1, math.ceil(length * bytes_per_position / budget))
+    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden_BLD, table_VD, bias_V, targets, rows, chunks):
+    sums, _ = _in_shards(hidden_BLD, table_VD, bias_V, targets, rows, chunks, gradients=False)
+    return sums
+
+
+def _forward(hidden_BLD, table_VD, bias_V, targets, rows, chunks):
+    return _in_shards(hidden_BLD, table_VD, bias_V, targets, rows, chunks, gradients=True)
+
+
+def _backward(rows, chunks, saved, cotangents):
+    scale, _ = cotangents  # hits are counted, not differentiated
+    hidden_BLD, table_VD, bias_V = saved
+    return (
+        (hidden_BLD * scale.astype(hidden_BLD.dtype)),
+        table_VD * scale,
+        bias_V * scale,
+        None,
+    )
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _in_shards(hidden_BLD, table_VD, bias_V, targets, rows, chunks, gradients: bool):
+    """Runs `_local` on every device's rows and part of the table, and adds up."""
+    rows_spec, table_spec = P(sharding.BATCH_AXES), sharding.spec("embedding", table_VD.shape)
+    vocab_spec = P(table_spec[0])
+    grad_specs = (rows_spec, table_spec, vocab_spec) if gradients else None
+    local = partial(_local, rows=rows, chunks=chunks, gradients=gradients)
+    return sharding.map_shards(
+        local,
+        (rows_spec, table_spec, vocab_spec, (rows_spec, rows_spec)),
+        ((P(), P()), grad_specs),
+    )(hidden_BLD, table_VD, bias_V, targets)
+
+
+def _local(hidden_BLD, table_VD, bias_V, targets, *, rows: int, chunks: int, gradients: bool):
+    table_VD = sharding.gather_over(table_VD.astype(hidden_BLD.dtype), sharding.FSDP, dim=1)
+    vocab, width = table_VD.shape
+    row_V = sharding.index_on(sharding.TENSOR) * vocab + jnp.arange(vocab)
+    bias_V = jnp.where(row_V < rows, bias_V, -jnp.inf)
+    chunked = partial(_chunk, table_VD=table_VD, bias_V=bias_V, row_V=row_V, gradients=gradients)
+
+    if chunks == 1:
+        inputs = (hidden_BLD, *targets)
+        totals, hidden_grad = chunked(_totals(vocab, width, gradients), inputs)
+    else:
+        split = partial(_split, chunks=chunks)
+        inputs = (split(hidden_BLD), *map(split, targets))
+        totals, hidden_grad = jax.lax.scan(chunked, _totals(vocab, width, gradients), inputs)
+    sums = sharding.sum_over((totals.nll, totals.hits), *sharding.BATCH_AXES)
+    if not gradients:
+        return sums, None
+    if chunks > 1:
+        hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden_BLD.shape)
+    table_grad = sharding.scatter_over(totals.table_VD, sharding.FSDP, dim=1)
+    table_grad = sharding.sum_over(table_grad, sharding.DATA)
+    bias_grad = sharding.sum_over(totals.bias_V, *sharding.BATCH_AXES)
+    return sums, (hidden_grad, table_grad, bias_grad)
+
+
+class _Totals(NamedTuple):
+    """Running sums over chunks; the gradients are None in evaluation."""
+
+    nll: jax.Array
+    hits: jax.Array
+    table_VD: Any
+    bias_V: Any
+
+
+def _totals(vocab: int, width: int, gradients: bool) -> _Totals:
+    zero = jnp.zeros((), jnp.float32)
+    grads = (jnp.zeros((vocab, width)), jnp.zeros(vocab)) if gradients else (None, None)
+    return _Totals(zero, zero, *grads)
+
+
+def _split(x: jax.Array, chunks: int) -> jax.Array:
+    """(B, L, ...) to (chunks, B, L / chunks, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+
+def _chunk(totals: _Totals, inputs, *, table_VD, bias_V, row_V, gradients: bool):
+    """Adds one chunk's sums and gradients to the totals; returns its hidden gradient."""
+    hidden_BLD, targets_BL, weights_BL = inputs
+    hidden_ND = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])
+    target_N, weight_N = targets_BL.reshape(-1), weights_BL.reshape(-1)
+
+    scores_NV = jnp.einsum("ND,VD->NV", hidden_ND, table_VD, preferred_element_type=jnp.float32)
+    scores_NV = scores_NV + bias_V
+    top_N = sharding.max_over(scores_NV.max(-1), sharding.TENSOR)
+    exp_NV = jnp.exp(scores_NV - top_N[:, None])
+    norm_N = sharding.sum_over(exp_NV.sum(-1), sharding.TENSOR)
+    is_target_NV = row_V[None, :] == target_N[:, None]
+    target_score_N = jnp.where(is_target_NV, scores_NV, 0).sum(-1)
+    target_score_N = sharding.sum_over(target_score_N, sharding.TENSOR)
+    nll_N = jnp.log(norm_N) + top_N - target_score_N
+    nll = totals.nll + jnp.dot(nll_N, weight_N)
+    hits = totals.hits + jnp.dot((target_score_N >= top_N).astype(jnp.float32), weight_N)
+    if not gradients:
+        return totals._replace(nll=nll, hits=hits), None
+
+    grad_NV = (exp_NV / norm_N[:, None] - is_target_NV) * weight_N[:, None]
+    bias_grad_V = totals.bias_V + grad_NV.sum(0)
+    grad_NV = grad_NV.astype(hidden_ND.dtype)
+    # Each device of a tensor group knows its own words' share of the hidden gradient.
+    hidden_grad_ND = sharding.sum_over(
+        jnp.einsum("NV,VD->ND", grad_NV, table_VD), sharding.TENSOR
+    )
+    table_grad_VD = totals.table_VD + jnp.einsum(
+        "NV,ND->VD", grad_NV, hidden_ND, preferred_element_type=jnp.float32
+    )
+    totals = _Totals(nll, hits, table_grad_VD, bias_grad_V)
+    return totals, hidden_grad_ND.reshape(hidden_BLD.shape)

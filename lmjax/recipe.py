@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: nested frozen dataclasses that are read, overridden, recorded and compared.
+
+An experiment file is Python and binds `run` (and `tiny`, the same recipe at toy size). Loading it
+runs it, so it is only ever loaded from a path that the user typed. What a run directory records is
+JSON: values and class names, never an import path.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+Recipe = TypeVar("Recipe")
+
+# Linen adds these two to every module; they are wiring, not hyper-parameters.
+_WIRING = ("parent", "name")
+
+
+def load(path: str, tiny: bool = False) -> Any:
+    """The `run` of the experiment file at `path`, or its `tiny`.
+
+    Raises:
+      ValueError: no such file, or a file that does not bind the name.
+    """
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("experiments")
+        near = nearest(file.name, [p.name for p in folder.glob("*.py")])
+        hint = f"; did you mean {folder / near}?" if near else ""
+        raise ValueError(f"{path}: no such experiment file{hint}")
+    name = "tiny" if tiny else "run"
+    bound = runpy.run_path(str(file))
+    if name not in bound:
+        raise ValueError(f"{path} does not define `{name}`")
+    return bound[name]
+
+
+def nearest(word: str, allowed: typing.Iterable[str]) -> str | None:
+    """The spelling in `allowed` closest to `word`, if any is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def fields(value: Any) -> list[dataclasses.Field]:
+    """The hyper-parameters of a dataclass or Linen module."""
+    return [f for f in dataclasses.fields(value) if f.init and f.name not in _WIRING]
+
+
+def override(recipe: Recipe, assignments: typing.Iterable[tuple[str, str]]) -> Recipe:
+    """`recipe` with every dotted key set to the value that its text stands for.
+
+    Raises:
+      ValueError: an unknown key (names the nearest), or text that is not of the field's type.
+    """
+    for key, text in assignments:
+        recipe = _set(recipe, key.split("."), text, key)
+    return recipe
+
+
+def _set(value: Any, path: list[str], text: str, key: str) -> Any:
+    head, rest = path[0], path[1:]
+    by_name = {f.name: f for f in fields(value)}
+    if head not in by_name:
+        _unknown(value, head, key)
+    current = getattr(value, head)
+    if rest:
+        if not dataclasses.is_dataclass(current):
+            raise ValueError(f"--{key}: {key.rsplit('.', len(rest))[0]} has no keys inside it")
+        new = _set(current, rest, text, key)
+    else:
+        new = _parse_field(value, by_name[head], current, text, key)
+    return _replace(value, **{head: new})
+
+
+def _unknown(value: Any, head: str, key: str) -> typing.NoReturn:
+    names = [f.name for f in fields(value)]
+    prefix = key.split(".")[: key.split(".").index(head)]
+    near = nearest(head, names)
+    if near is None:  # perhaps the right key in the wrong place
+        leaf = key.rsplit(".", 1)[-1]
+        elsewhere = [k for k, _ in flatten(to_json(value)) if k.rsplit(".", 1)[-1] == leaf]
+        near = elsewhere[0] if elsewhere else None
+    hint = f"; did you mean --{'.'.join([*prefix, near])}?" if near else ""
+    dotted = "".join(f"{p}." for p in prefix)
+    allowed = ", ".join(f"--{dotted}{n}" for n in names)
+    raise ValueError(f"unknown key --{key}{hint} Allowed here: {allowed}")
+
+
+def _replace(value: Any, **changes: Any) -> Any:
+    return value.clone(**changes) if hasattr(value, "clone") else dataclasses.replace(value, **changes)
+
+
+def _parse_field(owner: Any, field: dataclasses.Field, current: Any, text: str, key: str) -> Any:
+    parse: Callable[[str, Any], Any] | None = field.metadata.get("parse")
+    if parse is not None:
+        return parse(text, current)
+    hint = typing.get_type_hints(type(owner)).get(field.name, Any)
+    if dataclasses.is_dataclass(current) or callable(current) or hint is Any:
+        inner = [f.name for f in fields(current)] if dataclasses.is_dataclass(current) else []
+        keys = ", ".join(f"--{key}.{n}" for n in inner)
+        more = f"set its parts ({keys})" if keys else "change it in the experiment file"
+        raise ValueError(f"--{key} is a {type(current).__name__} and cannot be typed; {more}")
+    return _parse(text, hint, key)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if type(None) in args and text.lower() in ("none", "null", ""):
+            return None
+        return _parse(text, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if text not in args:
+            near = nearest(text, args)
+            hint_text = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"--{key}={text}: allowed are {', '.join(args)}{hint_text}")
+        return text
+    if origin is tuple:
+        parts = [p for p in text.strip("()[] ").split(",") if p.strip()]
+        return tuple(_parse(p.strip(), args[0], key) for p in parts)
+    return _SCALARS[hint](text, key) if hint in _SCALARS else _refuse(text, hint, key)
+
+
+def _integer(text: str, key: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.5
+        if number != int(number):
+            raise ValueError(f"--{key}={text}: a whole number is needed") from None
+        return int(number)
+
+
+def _float(text: str, key: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--{key}={text}: a number is needed") from None
+
+
+def _boolean(text: str, key: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError(f"--{key}={text}: allowed are true and false")
+    return known[text.lower()]
+
+
+def _refuse(text: str, hint: Any, key: str) -> typing.NoReturn:
+    raise ValueError(f"--{key}={text}: a {hint} cannot be typed; change it in the experiment file")
+
+
+_SCALARS: dict[Any, Callable[[str, str], Any]] = {
+    int: _integer,
+    float: _float,
+    bool: _boolean,
+    str: lambda text, key: text,
+}
+
+
+def to_json(value: Any) -> Any:
+    """`value` as plain JSON; a dataclass becomes its fields plus its class's name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+        return {"class": type(value).__name__, **inner}
+    if isinstance(value, (tuple, list)):
+        return [to_json(v) for v in value]
+    if callable(value):
+        return {"function": getattr(value, "__name__", type(value).__name__)}
+    return value
+
+
+def from_json(recipe: Recipe, recorded: Any) -> Recipe:
+    """`recipe` with the values that a run directory recorded for it.
+
+    Where the recorded class is another one than the recipe's, the recipe's own value stays: only
+    the experiment file can say what code runs.
+    """
+    changes = {}
+    for field in fields(recipe):
+        if field.name not in recorded:
+            continue
+        current, old = getattr(recipe, field.name), recorded[field.name]
+        if isinstance(old, dict) and "class" in old:
+            if dataclasses.is_dataclass(current) and type(current).__name__ == old["class"]:
+                changes[field.name] = from_json(current, old)
+        elif not callable(current) and not dataclasses.is_dataclass(current):
+            changes[field.name] = tuple(old) if isinstance(old, list) else old
+    return _replace(recipe, **changes)
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and leaf values of nested JSON, in order."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two recorded recipes differ; absent values are None."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = list(dict.fromkeys([*before, *after]))
+    return [(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
+
+
+def dump(tree: Any) -> str:
+    """JSON text as every file of a run directory writes it."""
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"

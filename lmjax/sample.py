@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples from a run directory: restores, generates, prints and records."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmjax import sharding
+from lmjax.checkpoint import load_params
+from lmjax.generate import Sampling, beam_search, generate_text
+from lmjax.report import write_report
+from lmjax.run import Run
+from lmjax.step import abstract_params
+from lmjax.tokenizer import load_tokenizer
+
+
+def sample(
+    run: Run,
+    workdir: Path,
+    prompt: str,
+    sampling: Sampling,
+    tokens: int = 200,
+    beams: int = 1,
+    stop: Sequence[str] = (),
+) -> str:
+    """Prints a continuation as it comes, appends it to samples.jsonl and renews the report.
+
+    Raises:
+      ValueError: no checkpoint or tokeniser in `workdir`.
+    """
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+    with sharding.use(sharding.Layout().mesh()):
+        step, params = load_params(workdir, abstract_params(run.model))
+        print(prompt, end="", flush=True)
+        if beams > 1:
+            ids = tokenizer.encode(prompt)
+            found, _ = beam_search(run.model, params, ids, beams, tokens, tokenizer.eot)
+            pieces = iter([tokenizer.decode(found[0][len(ids) :])])
+        else:
+            pieces = generate_text(run.model, params, tokenizer, prompt, sampling, tokens, stop)
+        text = ""
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+        print()
+    with open(workdir / "samples.jsonl", "a", encoding="utf-8") as file:
+        line = {"step": step, "prompt": prompt, "text": text}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    print(f"report: {write_report(workdir)}", file=sys.stderr)
+    return text

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh and the rules: the only file that names mesh axes.
+
+`data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, the MLP's
+inner width and the vocabulary. Parameters rest sharded as RULES says; a layer asks `for_compute`
+for its weights, which casts them first and gathers them over `fsdp` second, so that what travels
+is the compute dtype. The compiler's own choice for narrow models is thousands of small
+permutes, which is why the gather is explicit.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA, FSDP)
+
+# (parameter path, how its last dimensions are split). Leading dimensions (stacked layers) are whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embedding$", (TENSOR, FSDP)),
+    (r"positions$", (None, FSDP)),
+    (r"qkv/kernel$", (FSDP, None, TENSOR, None)),
+    (r"qkv/bias$", (None, TENSOR, None)),
+    (r"attention/out/kernel$", (TENSOR, None, FSDP)),
+    (r"up/kernel$", (FSDP, TENSOR)),
+    (r"up/bias$", (TENSOR,)),
+    (r"down/kernel$", (TENSOR, FSDP)),
+    (r"(out|down)/bias$", (None,)),
+    (r"norm\w*/(scale|bias)$", (None,)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shape of the device mesh; -1 stands for all devices that the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def mesh(self, devices: Any = None) -> Mesh:
+        """The mesh over `devices` (default: all).
+
+        Raises:
+          ValueError: the product of the axes is not the number of devices.
+        """
+        devices = list(jax.devices() if devices is None else devices)
+        shape = [self.data, self.fsdp, self.tensor]
+        known = math.prod(n for n in shape if n != -1)
+        if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+            raise ValueError(f"mesh {shape}: sizes are at least 1, and one of them may be -1")
+        if -1 in shape and len(devices) % known == 0:
+            shape[shape.index(-1)] = len(devices) // known
+        if math.prod(shape) != len(devices):
+            named = "×".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
+            raise ValueError(
+                f"mesh {named} does not fit {len(devices)} devices: the product of "
+                "--mesh.data, --mesh.fsdp and --mesh.tensor must be that number (-1: the rest)"
+            )
+        types = (AxisType.Auto,) * len(AXES)
+        if devices == list(jax.devices()):
+            return jax.make_mesh(tuple(shape), AXES, axis_types=types)
+        return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+
+
+_current: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `mesh` the one that models, losses and attention are traced for."""
+    token = _current.set(mesh)
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _current.reset(token)
+
+
+def mesh() -> Mesh | None:
+    """The mesh in use, or None outside `use` (a plain single-device call)."""
+    return _current.get()
+
+
+def platform() -> str:
+    """Platform that is compiled for: that of the mesh, which need not be that of this machine."""
+    here = mesh()
+    return jax.default_backend() if here is None else here.devices.flat[0].platform
+
+
+def axis_size(*axes: str) -> int:
+    """Product of the sizes of mesh axes; 1 outside `use`."""
+    here = mesh()
+    return 1 if here is None else math.prod(here.shape[a] for a in axes)
+
+
+def path_of(key_path: tuple[Any, ...]) -> str:
+    """`blocks/attention/qkv/kernel` for a key path of `jax.tree_util`."""
+    return "/".join(
+        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path
+    )
+
+
+def spec(path: str, shape: tuple[int, ...]) -> P:
+    """How the parameter at `path` rests on the mesh.
+
+    Raises:
+      ValueError: no rule covers the path, or an axis does not divide its dimension.
+    """
+    if not shape:
+        return P()
+    for pattern, axes in RULES:
+        if re.search(pattern, path):
+            full = (None,) * (len(shape) - len(axes)) + axes
+            _check_even(path, shape, full)
+            return P(*full)
+    raise ValueError(f"no sharding rule covers parameter {path} of shape {shape}")
+
+
+def _check_even(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        if axis is not None and size % axis_size(axis):
+            raise ValueError(
+                f"{path}: dimension {dim} has size {size}, which mesh axis "
+                f"{axis}={axis_size(axis)} does not divide; choose another --mesh.{axis}"
+            )
+
+
+def shardings(tree: Any) -> Any:
+    """NamedSharding for every array of `tree` (parameters, or a state that holds copies of them)."""
+    here = mesh()
+    assert here is not None, "shardings are asked for under sharding.use(mesh)"
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(here, spec(path_of(path), x.shape)), tree
+    )
+
+
+def batch_sharding() -> NamedSharding:
+    """Rows over every device that is not of one tensor group."""
+    here = mesh()
+    assert here is not None, "batches are placed under sharding.use(mesh)"
+    return NamedSharding(here, P(BATCH_AXES))
+
+
+def replicated() -> NamedSharding:
+    """The whole value on every device."""
+    here = mesh()
+    assert here is not None, "values are placed under sharding.use(mesh)"
+    return NamedSharding(here, P())
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """`x` with its dimensions laid over mesh axes; nothing on a single device."""
+    here = mesh()
+    if here is None or here.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(here, P(*axes)))
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Activations (B, ...) with rows over the batch axes and the rest whole."""
+    return constrain(x, BATCH_AXES, *([None] * (x.ndim - 1)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, rest: P) -> jax.Array:
+    """A parameter at rest (`rest`) gathered over `fsdp`; its gradient is scattered back."""
+    return constrain(x, *(None if a == FSDP else a for a in rest))
+
+
+def _gather_forward(x: jax.Array, rest: P) -> tuple[jax.Array, None]:
+    return gather(x, rest), None
+
+
+def _gather_backward(rest: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, *rest),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def for_compute(params: Any, dtype: jnp.dtype) -> Any:
+    """Weights as a layer multiplies with them: matrices in `dtype`, gathered over `fsdp`.
+
+    Vectors (norm scales, biases) stay float32: they are small, and norms are computed in float32.
+    """
+
+    def prepare(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        name = path_of(path)
+        is_matrix = re.search(r"(kernel|embedding|positions)$", name)
+        return gather(x.astype(dtype) if is_matrix else x, spec(name, x.shape))
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
+
+
+def map_shards(function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`function` run on each device's shards of its arguments; itself on a single device."""
+    here = mesh()
+    if here is None or here.size == 1:
+        return function
+    return jax.shard_map(
+        function, mesh=here, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def sum_over(x: Any, *axes: str) -> Any:
+    """Sum over mesh axes, inside `map_shards`."""
+    axes = tuple(a for a in axes if axis_size(a) > 1)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def max_over(x: jax.Array, axis: str) -> jax.Array:
+    """Maximum over a mesh axis, inside `map_shards`."""
+    return jax.lax.pmax(x, axis) if axis_size(axis) > 1 else x
+
+
+def index_on(axis: str) -> jax.Array | int:
+    """This device's place on a mesh axis, inside `map_shards`."""
+    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+
+
+def gather_over(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Shards of dimension `dim` put together over a mesh axis, inside `map_shards`."""
+    return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
+
+
+def scatter_over(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Sum over a mesh axis of which each device keeps its shard of `dim`, inside `map_shards`."""
+    if axis_size(axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of a run: prepare the data, resume or begin, step, score, save, report."""
+
+import contextlib
+import itertools
+import os
+import platform
+import re
+import shutil
+import signal
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax import recipe, sharding
+from lmjax.batches import batches
+from lmjax.checkpoint import Checkpoints, RunLock, newest_step, read_json, write_text
+from lmjax.data import Prepared
+from lmjax.evaluate import Evaluator
+from lmjax.metrics import MetricsWriter, Throughput
+from lmjax.progress import Progress, Work
+from lmjax.report import write_report
+from lmjax.run import Run, describe
+from lmjax.step import State, abstract_state, create_state, make_train_step
+
+# What may change between two starts of one run: nothing here changes what a step computes.
+FREE = re.compile(
+    r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
+    r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
+)
+
+
+def train(
+    run: Run, workdir: Path, about: dict[str, str], allow: tuple[str, ...] = (), stop_at: int = 0
+) -> int:
+    """Trains until `run.steps`, resuming what `workdir` holds; returns the step that it reached.
+
+    SIGTERM and SIGINT save and return; a second signal ends the process at once.
+
+    Args:
+      about: name and description of the experiment, for the records.
+      allow: dotted keys that may differ from the recorded recipe.
+      stop_at: leave early, after this step, as a signal would (0: never).
+
+    Raises:
+      ValueError: the recipe, the data or the checkpoint do not fit each other.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(workdir)
+    with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
+        run.plan().check(run.accumulate)
+        _refuse_other_recipe(run, workdir, allow)
+        prepared = run.data.prepare(workdir, Work("tokenising"))
+        check_vocabulary(run, prepared)
+        keep_tokenizer(prepared.tokenizer.directory, workdir)
+        _record(run, workdir, about)
+
+        recorded = recipe.to_json(run)
+        checkpoints = Checkpoints(workdir, recorded, run.keep, print)
+        state, first = _resume_or_begin(run, checkpoints)
+        if first < run.steps:
+            with _Stop() as stop:
+                state = _loop(run, prepared, state, first, workdir, checkpoints, stop, stop_at)
+        checkpoints.close()
+    print(f"report: {write_report(workdir)}")
+    return int(state.step)
+
+
+def _loop(
+    run: Run,
+    prepared: Prepared,
+    state: State,
+    first: int,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    stop: "_Stop",
+    stop_at: int,
+) -> State:
+    """Steps `first` … `run.steps` − 1. The host never waits for the step that it just started."""
+    plan = run.plan()
+    examples = partial(run.data.examples.train, prepared.store.splits["train"], run.seed)
+    step_fn = jax.jit(
+        make_train_step(
+            run.model, run.loss, run.optimiser(), run.schedule(), run.seed, run.accumulate
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated()),
+    )
+    score = None
+    if "validation" in prepared.store.splits:
+        score = Evaluator(run, prepared, "validation", run.evaluate_windows)
+    record = Recorder(run, workdir, first)
+    late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
+
+    with contextlib.closing(record), jax.transfer_guard("disallow"):
+        steps = batches(examples, plan, first, run.steps, run.workers)
+        for done, batch in zip(itertools.count(first + 1), steps, strict=False):
+            state, metrics = step_fn(state, batch)
+            if late is not None:
+                record.step(*late)
+            late = (done, metrics)
+            last = done == run.steps or done == stop_at or bool(stop)
+            if score and not stop and (last or _due(done, run.evaluate_every)):
+                record.step(*late, held_out=score(state.params)["loss"])
+                late = None
+            if last or _due(done, run.save_every):
+                checkpoints.save(done, state)
+            checkpoints.check()
+            if last:
+                break
+        if late is not None:
+            record.step(*late)
+        checkpoints.finish()
+    return state
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class Recorder:
+    """Writes what the loop learns: metrics.jsonl, TensorBoard and the progress bar."""
+
+    def __init__(self, run: Run, workdir: Path, first: int) -> None:
+        self._plan, self._every, self._steps = run.plan(), run.log_every, run.steps
+        self._writer = MetricsWriter(workdir, first)
+        self._throughput = Throughput()
+        self._bar = Progress(run.steps, first, run.batch * run.data.examples.length)
+
+    def step(self, step: int, metrics: Any, held_out: float | None = None) -> None:
+        """Metrics after `step` steps, and the validation loss if it was scored then.
+
+        Waits until that step is done.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        tokens = self._plan.tokens_after(step)
+        rate = self._throughput.update(tokens - self._plan.tokens_after(step - 1))
+        self._bar.update(step, values["loss"], rate, held_out)
+        if held_out is not None:
+            values["held_out_loss"] = held_out
+            self._throughput.restart()
+        if held_out is not None or step % self._every == 0 or step == self._steps:
+            self._writer.write(step, {**values, "tokens": tokens, "tokens_per_second": rate})
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._bar.close()
+        self._writer.close()
+
+
+def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
+    if checkpoints.latest() is None:
+        return create_state(run.model, run.optimiser(), run.seed), 0
+    state = checkpoints.restore(abstract_state(run.model, run.optimiser()))
+    step = int(state.step)
+    print(f"resumed at step {step:,}" + (" (finished)" if step >= run.steps else ""))
+    return state, step
+
+
+def _refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
+    """Raises ValueError, with the difference, if `workdir` was begun under another recipe."""
+    path = workdir / "recipe.json"
+    if newest_step(workdir) is None or not path.exists():
+        return
+    changes = recipe.difference(read_json(path)["run"], recipe.to_json(run))
+    allowed = set(allow)
+    for key, old, new in changes:
+        if FREE.fullmatch(key):
+            print(f"changed since the last start: {key} {old} → {new}")
+    refused = [c for c in changes if not FREE.fullmatch(c[0]) and c[0] not in allowed]
+    if refused:
+        lines = [f"  {key}: {old} → {new}" for key, old, new in refused]
+        keys = ",".join(key for key, _, _ in refused)
+        raise ValueError(
+            f"{workdir} was trained with another recipe:\n" + "\n".join(lines) + "\n"
+            f"Restore these values, choose another --workdir, or name them: --allow={keys}"
+        )
+
+
+def check_vocabulary(run: Run, prepared: Prepared) -> None:
+    """Raises ValueError if the tokeniser has ids that the model has no rows for."""
+    have, need = run.model.vocab, prepared.tokenizer.vocab
+    if need > have:
+        raise ValueError(
+            f"the tokeniser has {need:,} ids but model.vocab={have:,}; set --model.vocab={need}"
+        )
+
+
+def keep_tokenizer(directory: Path, workdir: Path) -> None:
+    """Copies a tokeniser into the run directory, which then needs no store to generate."""
+    shutil.copytree(directory, workdir / "tokenizer", dirs_exist_ok=True)
+
+
+def _record(run: Run, workdir: Path, about: dict[str, str]) -> None:
+    """Writes recipe.json and environment.json."""
+    content = {**about, "summary": describe(run), "run": recipe.to_json(run)}
+    write_text(workdir / "recipe.json", recipe.dump(content))
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    mesh = sharding.mesh()
+    assert mesh is not None
+    devices = [d.device_kind for d in mesh.devices.flat]
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cores": os.cpu_count(),
+        "devices": {kind: devices.count(kind) for kind in sorted(set(devices))},
+        **{name: metadata.version(name) for name in packages},
+    }
+    write_text(workdir / "environment.json", recipe.dump(environment))
+
+
+class _Stop:
+    """True once SIGTERM or SIGINT has come; the second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Stop":
+        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+        print(f"\n{signal.Signals(number).name}: saving, then leaving (again: leave at once)")
+
+    def __bool__(self) -> bool:
+        return self._asked
+
