@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
+END_OF_WORD = "</w>"
 _BYTE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _GPT1_FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
 
@@ -50,15 +51,21 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def train_gpt1_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     """GPT-1's lower-cased BPE with `</w>` learnt from texts; `<unk>` is id 0."""
-    tokenizer = _lower_cased(models.BPE(unk_token=UNKNOWN, end_of_word_suffix="</w>"))
+    tokenizer = _lower_cased(models.BPE(unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD))
+    assert tokenizer.normalizer is not None
+    kept = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    characters = sorted({c for text in kept for c in text if not c.isspace()})
+    # Each character has an id inside words and one at their ends, as published. Naming the
+    # latter keeps the trainer from numbering them in the order of its hash table, which
+    # differs from run to run.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,  # pyright: ignore[reportCallIssue]
-        special_tokens=[UNKNOWN],  # pyright: ignore
-        end_of_word_suffix="</w>",  # pyright: ignore
+        special_tokens=[UNKNOWN, *(c + END_OF_WORD for c in characters)],  # pyright: ignore
+        end_of_word_suffix=END_OF_WORD,  # pyright: ignore
         show_progress=False,  # pyright: ignore
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    tokenizer.train_from_iterator(kept, trainer)
+    return without_controls(tokenizer, keep=(UNKNOWN,))[0]
 
 
 def read_gpt1_bpe(folder: Path) -> Tokenizer:
@@ -66,7 +73,7 @@ def read_gpt1_bpe(folder: Path) -> Tokenizer:
     vocab, merges = _read_pair(folder, _GPT1_FILES, "")
     if UNKNOWN not in vocab:
         raise ValueError(f"{folder}: the vocabulary has no {UNKNOWN}; is it GPT-1's?")
-    model = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix="</w>")
+    model = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
     tokenizer = _lower_cased(model)
     tokenizer.add_special_tokens([UNKNOWN])
     return tokenizer
@@ -76,7 +83,7 @@ def _lower_cased(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    tokenizer.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     return tokenizer
 
 

@@ -79,7 +79,7 @@ class Data:
         line at a time. Errors: ValueError for bad input, a store of other settings, a changed
         source.
         """
-        folder = Path(self.store) if self.store else Path(workdir) / "data"
+        folder = Path(self.store).expanduser() if self.store else Path(workdir) / "data"
         spec = self.spec()
         if built := not is_occupied(folder):
             # Another process may build the same store; the one that waited opens the result.
@@ -138,7 +138,8 @@ class Data:
             if old != new:
                 raise ValueError(
                     f"the corpus changed since {store.directory} was built:"
-                    f" {name} ({_size(old)} -> {_size(new)}). Delete that folder to rebuild it, or name another with --data.store"
+                    f" {name} ({_size(old)} -> {_size(new)}). Delete that folder to rebuild it,"
+                    " or name another with --data.store"
                 )
 
 
@@ -146,7 +147,7 @@ def open_prepared(folder: Path, spec: dict[str, Any] | None = None) -> Prepared:
     """Opens a store and its tokenizer; `spec`, when given, must be the store's own."""
     folder = Path(folder)
     store = open_store(folder, spec)
-    return Prepared(store, load_tokenizer(folder / TOKENIZER))
+    return Prepared(store, store.tokenizer)
 
 
 def summary(store: Store) -> list[str]:
@@ -211,7 +212,7 @@ def survey(data: Data) -> Plan:
     if data.split == "tail":
         held = {name: int(weight.sum() * share) for name, share in shares.items()}
         own.update({**held, "train": int(weight.sum()) - sum(held.values())})
-        return Plan(data.split, shares, {}, own)
+        return Plan(data.split, shares, {}, _checked(own, report))
     ends = np.cumsum([shares["test"], shares["validation"]])
     splits = np.searchsorted(ends, where, side="right")  # 0 test, 1 validation, 2 train
     moved = _fill_empty(where, splits, ends, shares, report) if len(where) else {}
@@ -219,7 +220,13 @@ def survey(data: Data) -> Plan:
         splits[where == position] = _HASH_ORDER.index(name)
     for index, name in enumerate(_HASH_ORDER):
         own[name] += int(weight[splits == index].sum())
-    return Plan(data.split, shares, moved, own)
+    return Plan(data.split, shares, moved, _checked(own, report))
+
+
+def _checked(sizes: Counter[str], report: Report) -> Counter[str]:
+    if not sizes["train"]:
+        raise ValueError(f"there is no text to train on: {'; '.join(report.lines())}")
+    return sizes
 
 
 def _fill_empty(

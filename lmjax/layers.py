@@ -225,11 +225,14 @@ def stack_apply(
         variables = {"params": weights}
         hidden_BLD, cache = block.apply(variables, hidden_BLD, cache, rngs=rngs, **shared)
         hidden_BLD = sharding.split_batch(hidden_BLD)
+        if unroll > 1:
+            # Or XLA's CPU backend fuses the residual sums of all earlier layers into each reader.
+            hidden_BLD = jax.lax.optimization_barrier(hidden_BLD)
         return hidden_BLD, (hidden_BLD if states else None, cache)
 
+    unroll = unroll or (1 if sharding.platform() == "tpu" else min(depth, 12))
     if remat != "none":
         layer = jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
-    unroll = unroll or (1 if sharding.platform() == "tpu" else min(depth, 12))
     final_BLD, (each, caches) = jax.lax.scan(
         layer, hidden_BLD, (params, caches, keys), unroll=min(unroll, depth)
     )

@@ -47,12 +47,13 @@ def write_report(workdir: Path) -> Path:
     environment, environment_problem = _read_object(workdir / "environment.json")
     metrics = read_metrics(workdir)
     title = str(recipe.get("title") or recipe.get("name") or workdir.resolve().name)
+    settings = _settings(recipe)
     sections = [
         _header(title, recipe),
-        section("Results", _results(workdir, recipe, metrics)),
+        section("Results", _results(workdir, settings, metrics)),
         section("Curves", _curves(metrics)),
         section("Samples", _samples(workdir / "samples.jsonl")),
-        section("Recipe", recipe_problem or _recipe(recipe)),
+        section("Recipe", recipe_problem or tree(settings)),
         section("Environment", environment_problem or tree(environment)),
     ]
     path = workdir / "report.html"
@@ -77,13 +78,22 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str]:
 # The text of the page ----------------------------------------------------------------------------
 
 
+def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what the header shows, its `summary` and `run` laid open."""
+    settings = {key: recipe[key] for key in recipe if key not in ("title", "description")}
+    for key in ("summary", "run"):
+        if isinstance(settings.get(key), dict):
+            settings |= settings.pop(key)
+    return settings
+
+
 def _header(title: str, recipe: Mapping[str, Any]) -> str:
     description = recipe.get("description")
     paragraph = f'<p class="lead">{escape(str(description))}</p>' if description else ""
     return f"<header><h1>{escape(title)}</h1>{paragraph}</header>"
 
 
-def _results(workdir: Path, recipe: Mapping[str, Any], metrics: Records) -> str:
+def _results(workdir: Path, settings: Mapping[str, Any], metrics: Records) -> str:
     """The headline numbers, the bits per byte beside simple models, and the table of splits."""
     splits: dict[str, dict[str, Any]] = {}
     problems = []
@@ -96,7 +106,7 @@ def _results(workdir: Path, recipe: Mapping[str, Any], metrics: Records) -> str:
         problems.append(note("There is no evaluation-<split>.json in this folder."))
     headline = next((name for name in ("test", "validation", *splits) if name in splits), None)
     scores = _score_cards(splits[headline], headline) if headline else _last_look(metrics)
-    shown = [_cards(scores), _cards(_size_cards(recipe, metrics)), *problems]
+    shown = [_cards(scores), _cards(_size_cards(settings, metrics)), *problems]
     if headline:
         shown += [_compared(splits[headline]), _split_table(splits)]
     return "\n".join(filter(None, shown))
@@ -123,16 +133,13 @@ def _last_look(metrics: Records) -> list[str]:
     return [card("Held-out loss", number(float(losses[-1])), unit)]
 
 
-def _size_cards(recipe: Mapping[str, Any], metrics: Records) -> list[str]:
+def _size_cards(settings: Mapping[str, Any], metrics: Records) -> list[str]:
     cards = []
-    described = recipe.get("describe")
-    parameters = recipe.get("parameters")
-    if parameters is None and isinstance(described, Mapping):
-        parameters = described.get("parameters")
+    parameters = settings.get("parameters")
     if is_number(parameters):
         cards.append(card("Parameters", *compact(parameters)))
     if metrics:
-        planned = recipe.get("steps")
+        planned = settings.get("steps")
         unit = f"of {planned:,}" if is_number(planned) else ""
         cards.append(card("Steps", number(metrics[-1]["step"]), unit))
     tokens = [record["tokens"] for record in metrics if is_number(record.get("tokens"))]
@@ -177,11 +184,6 @@ def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
         for key in keys
     )
     return f'<div class="wide"><table class="splits"><tr><td></td>{head}</tr>{rows}</table></div>'
-
-
-def _recipe(recipe: Mapping[str, Any]) -> str:
-    # The header has shown these.
-    return tree({key: recipe[key] for key in recipe if key not in ("title", "description")})
 
 
 def _samples(path: Path) -> str:
@@ -243,7 +245,7 @@ def _loss_figures(loss: Curve, held_out: Curve) -> list[str]:
     if len(loss[0]):
         legend += [
             '<i class="main"></i>training, moving mean',
-            '<i class="faint"></i>each step',
+            '<i class="faint"></i>as recorded',
         ]
     if len(held_out[0]):
         legend.append('<i class="second"></i>held out')

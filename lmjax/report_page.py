@@ -61,7 +61,9 @@ def compact(count: int | float) -> tuple[str, str]:
 
 
 def leaf(value: Any) -> str:
-    """Any value of a JSON file, for a cell of a table."""
+    """Any value of a JSON file, for a cell of a table; null is a dash."""
+    if value is None:
+        return "–"
     if is_number(value):
         return number(value)
     if isinstance(value, str):

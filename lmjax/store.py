@@ -34,6 +34,7 @@ TOKENIZER = "tokenizer"
 BATCH_BYTES = 1 << 20
 _COLUMNS = {"tokens": None, "starts": "<i8", "bytes": "<i8", "ids": None}
 _SCAN = 1 << 24
+_ABSENT = object()
 
 Progress = Callable[[int, int | None], None]
 
@@ -95,6 +96,7 @@ class Store:
     splits: dict[str, Split]
     vocab: int
     eot: int | None
+    tokenizer: Tokenizer
     manifest: dict[str, Any]
 
 
@@ -193,7 +195,7 @@ def open_store(directory: Path, spec: dict[str, Any] | None = None) -> Store:
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise damaged(directory / TOKENIZER, "is not the tokenizer that made the tokens")
     splits = {name: _open_split(directory, name, manifest) for name in manifest["splits"]}
-    return Store(directory, splits, manifest["vocab"], manifest["eot"], manifest)
+    return Store(directory, splits, manifest["vocab"], manifest["eot"], tokenizer, manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -389,6 +391,10 @@ def _differences(stored: Any, asked: Any, key: str = "") -> list[str]:
         found = []
         for name in sorted({*stored, *asked}):
             inner = f"{key}.{name}" if key else name
-            found += _differences(stored.get(name), asked.get(name), inner)
+            found += _differences(stored.get(name, _ABSENT), asked.get(name, _ABSENT), inner)
         return found
-    return [] if stored == asked else [f"{key} {stored!r} -> {asked!r}"]
+    return [] if stored == asked else [f"{key} {_shown(stored)} -> {_shown(asked)}"]
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

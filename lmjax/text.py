@@ -292,9 +292,7 @@ class TFDS:
             # What lies prepared is taken as it is, for its code may be absent here.
             builder = tfds.builder(self.name, data_dir=folder)
             if not builder.info.splits:
-                builder = tfds.builder(
-                    self.name, data_dir=folder, file_format="array_record"
-                )
+                builder = tfds.builder(self.name, data_dir=folder, file_format="array_record")
                 builder.download_and_prepare()
         except tfds.core.DatasetNotFoundError:
             known = tfds.list_builders(with_community_datasets=False)

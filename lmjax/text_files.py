@@ -251,7 +251,7 @@ def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise BadFile(file.path, "reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError(f"{file.path}: Parquet needs a package: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names

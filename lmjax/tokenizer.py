@@ -6,7 +6,6 @@ text) come from the example makers only, never from text.
 """
 
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,18 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import sentencepiece
 
-from lmjax import bpe
+from lmjax import bpe, spm
 from lmjax.document import pieces
 
 PIECE_BYTES = 64 << 10
 GROUP_BYTES = 1 << 20
 DESCRIPTION = "description.json"
 _FORMAT = 1
-_LINE_BYTES = 4000
-# U+2581 stands for a blank inside SentencePiece; these are its own marks while it trains.
-_SP_BLANK, _SP_MARKS = "\u2581", str.maketrans({"\u2581": " ", "\u2585": " ", "\0": " ", "\t": " "})
 
 
 class TokenizerSpec(Protocol):
@@ -118,8 +113,9 @@ class SentencePiece:
         if self.path:
             model = _read_bytes(Path(self.path).expanduser())
         else:
-            model = self._train(_training_lines(train_texts, self.train_bytes))
-        processor = _sentencepiece(model, self.path)
+            texts = _training_texts(train_texts, self.train_bytes)
+            model = spm.train(texts, self.vocab, self.model_type)
+        processor = spm.parse(model, self.path)
         eos = processor.eos_id()
         _write(
             directory,
@@ -135,29 +131,6 @@ class SentencePiece:
         """Opens what `build` wrote."""
         return load_tokenizer(directory)
 
-    def _train(self, lines: list[str]) -> bytes:
-        if not lines:
-            raise ValueError("the training split has no text to learn a tokenizer from")
-        error = None
-        # Rare characters are left to byte fallback until the rest fit the vocabulary.
-        for coverage in (0.9995, 0.995, 0.98, 0.95, 0.9, 0.8, 0.5):
-            model = io.BytesIO()
-            try:
-                sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(lines), model_writer=model, vocab_size=self.vocab,
-                    model_type=self.model_type, character_coverage=coverage, num_threads=1,
-                    pad_id=0, unk_id=1, bos_id=2, eos_id=3, byte_fallback=True,
-                    normalization_rule_name="identity", remove_extra_whitespaces=False,
-                    add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
-                )  # fmt: skip
-                return model.getvalue()
-            except RuntimeError as failure:
-                error = failure
-        raise ValueError(
-            f"vocab={self.vocab}: SentencePiece needs at least 4 control ids, 256 bytes and the"
-            f" common characters ({error})"
-        )
-
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
@@ -165,17 +138,17 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, directory: Path, description: dict[str, Any]):
         super().__init__(directory, description)
         path = directory / "sentencepiece.model"
-        self._processor = _sentencepiece(_read_bytes(path), str(path))
-        mark = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _SP_BLANK.encode()]
+        self._processor = spm.parse(_read_bytes(path), str(path))
+        mark = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in spm.BLANK.encode()]
         self._mark_ids = mark if self.lossless else None
 
     def _encode_pieces(self, texts: list[str]) -> list[Any]:
-        if self._mark_ids is None or not any(_SP_BLANK in text for text in texts):
+        if self._mark_ids is None or not any(spm.BLANK in text for text in texts):
             return self._processor.encode(texts, num_threads=-1)
         # SentencePiece reads U+2581 as a blank; only its three bytes bring it back.
         out = []
         for text in texts:
-            first, *rest = self._processor.encode(text.split(_SP_BLANK))
+            first, *rest = self._processor.encode(text.split(spm.BLANK))
             out.append(first + [i for part in rest for i in (*self._mark_ids, *part)])
         return out
 
@@ -262,7 +235,7 @@ class BPETokenizer(Tokenizer):
             if i == self.unknown and text[begin:end] != bpe.UNKNOWN:
                 assert self._encoder.normalizer is not None
                 token = self._encoder.normalizer.normalize_str(text[begin:end])
-                token += "</w>" if words[at] != words[at + 1] else ""
+                token += bpe.END_OF_WORD if words[at] != words[at + 1] else ""
             out.append(token)
         return out
 
@@ -361,15 +334,6 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _sentencepiece(model: bytes, path: str) -> sentencepiece.SentencePieceProcessor:
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(model)
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model") from None
-    return processor
-
-
 def _training_texts(texts: Iterable[bytes], limit: int) -> Iterator[str]:
     """Up to `limit` bytes of text in pieces that a trainer digests."""
     left = limit
@@ -379,12 +343,3 @@ def _training_texts(texts: Iterable[bytes], limit: int) -> Iterator[str]:
                 return
             left -= len(piece)
             yield piece.decode()
-
-
-def _training_lines(texts: Iterable[bytes], limit: int) -> list[str]:
-    """Lines as the SentencePiece trainer wants them: short, without its own marks."""
-    lines = []
-    for text in _training_texts(texts, limit):
-        for line in text.translate(_SP_MARKS).split("\n"):
-            lines += [piece.decode() for piece in pieces(line.encode(), _LINE_BYTES) if piece]
-    return lines

@@ -103,10 +103,12 @@ def _loop(
                 record.step(*late)
             late = (done, metrics)
             last = done == run.steps or done == stop_at or bool(stop)
-            if score and not stop and (last or _due(done, run.evaluate_every)):
-                record.step(*late, held_out=score(state.params)["loss"])
+            scoring = score and not stop and (last or _due(done, run.evaluate_every))
+            saving = last or _due(done, run.save_every)
+            if scoring or saving:  # both wait for the step anyway, and a saved step has its line
+                record.step(*late, held_out=score(state.params)["loss"] if scoring else None)
                 late = None
-            if last or _due(done, run.save_every):
+            if saving:
                 checkpoints.save(done, state)
             checkpoints.check()
             if last:

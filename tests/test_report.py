@@ -27,9 +27,10 @@ RECIPE = {
     "name": "small",
     "title": "A small <run> & more",
     "description": "What it is for.",
-    "parameters": 124_439_808,
-    "steps": 61,
-    "model": {"class": "GPT", "depth": 12, "norm": {"class": "LayerNorm", "epsilon": 1e-05}},
+    "summary": {"parameters": 124_439_808, "steps": 61},
+    "run": {
+        "model": {"class": "GPT", "depth": 12, "norm": {"class": "LayerNorm", "epsilon": 1e-05}}
+    },
 }
 SCORES = ["3.0312", "20.72", "1.1819", "183,421", "678,901", "412", "2.4712", "1.9534"]
 
@@ -197,6 +198,13 @@ def test_a_run_without_evaluation_shows_its_last_held_out_loss(tmp_path):
     assert "Held-out loss" in page and "0.1833" in page and "at step 60" in page
 
 
+def test_scores_that_are_not_defined_are_dashes(tmp_path):
+    undefined = {"bits_per_byte": None, "baselines": None}
+    (tmp_path / "evaluation-test.json").write_text(json.dumps(EVALUATION | undefined))
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "<td>–</td>" in page and "null" not in page and '<table class="bars">' not in page
+
+
 def test_one_step_and_a_diverged_run_are_drawn(tmp_path):
     records = [{"step": 1, "loss": 4.0}]
     for losses in ([], ["NaN", "Infinity", 3.0], [1e30]):
@@ -214,6 +222,14 @@ def test_without_matplotlib_all_but_the_charts_is_there(tmp_path, monkeypatch):
     page = write_report(tmp_path).read_text("utf-8")
     assert "pip install matplotlib" in page and "<svg" not in page
     assert all(number in page for number in SCORES)
+
+
+def test_a_flat_recipe_is_read_as_well(tmp_path):
+    recipe = {"parameters": 124_439_808, "steps": 61, "model": {"class": "GPT", "depth": 12}}
+    fill(tmp_path)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    text = Elements(write_report(tmp_path).read_text("utf-8")).text
+    assert "124,439,808" in text and "of 61" in text and "depth" in text
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training tokens/s on this CPU against the same model in PyTorch, interleaved in one run.
+
+    python benchmarks/train_cpu.py [--pairs=5] [--sizes=shakespeare,width384]
+
+Each side is a process of its own that waits while another is timed: lmjax's step, PyTorch eager
+and torch.compile (both with fused AdamW), float32, 2 threads. Needs `pip install torch`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SIZES = {
+    "shakespeare": {"vocab": 65, "context": 64, "depth": 4, "width": 128, "heads": 4, "batch": 12},
+    "width384": {"vocab": 65, "context": 256, "depth": 6, "width": 384, "heads": 6, "batch": 8},
+}
+STEPS = {"shakespeare": 40, "width384": 3}
+THREADS = 2
+
+
+def lmjax_side(size: dict[str, int]):
+    """A function that runs n training steps of lmjax."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import numpy as np
+
+    from lmjax import sharding
+    from lmjax.losses import next_token
+    from lmjax.models.gpt import GPT
+    from lmjax.optim import AdamW
+    from lmjax.step import create_state, make_train_step
+
+    fields = {k: v for k, v in size.items() if k != "batch"}
+    model, optim = GPT(**fields), AdamW(peak=1e-3, warmup=10)
+    schedule = optim.schedule(1000, lambda step: step)
+    transform = optim.transform(schedule)
+    draw = np.random.default_rng(0).integers(0, size["vocab"], (size["batch"], size["context"] + 1))
+    batch = {
+        "tokens_BL": draw[:, :-1].astype(np.int32),
+        "targets_BL": draw[:, 1:].astype(np.int32),
+        "weights_BL": np.ones((size["batch"], size["context"]), np.float32),
+    }
+    with sharding.use(sharding.Layout().mesh()):
+        state = create_state(model, transform, 0)
+        step = jax.jit(
+            make_train_step(model, next_token, transform, schedule, 0), donate_argnums=0
+        )
+        state, _ = step(state, batch)
+
+    def run(steps: int) -> float:
+        nonlocal state
+        metrics = {}
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def torch_side(size: dict[str, int], compiled: bool):
+    """A function that runs n training steps of PyTorch."""
+    import torch
+    import torch_gpt
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    fields = {k: v for k, v in size.items() if k != "batch"}
+    model = torch_gpt.GPT(**fields)
+    optimiser = torch_gpt.optimiser(model, fused=True)
+    forward = torch.compile(model) if compiled else model
+    draw = torch.randint(0, size["vocab"], (size["batch"], size["context"] + 1))
+    tokens, targets = draw[:, :-1].contiguous(), draw[:, 1:].contiguous()
+
+    def run(steps: int) -> float:
+        loss = torch.zeros(())
+        for _ in range(steps):
+            loss = forward(tokens, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+    run(1)
+    return run
+
+
+def serve(side: str, size: str) -> None:
+    """Answers each line `n` on standard input with the seconds that n steps took."""
+    run = lmjax_side(SIZES[size]) if side == "lmjax" else torch_side(SIZES[size], side == "compile")
+    run(2)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        run(int(line))
+        print(time.perf_counter() - began, flush=True)
+
+
+class Side:
+    """A process that serves one side."""
+
+    def __init__(self, side: str, size: str) -> None:
+        command = [sys.executable, __file__, f"--serve={side}", f"--sizes={size}"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin and self._process.stdout
+        self._in, self._out = self._process.stdin, self._process.stdout
+        if self._out.readline().strip() != "ready":
+            raise RuntimeError(f"{side} did not start")
+
+    def seconds(self, steps: int) -> float:
+        """Wall time of that many steps."""
+        print(steps, file=self._in, flush=True)
+        return float(self._out.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._in.close()
+        self._process.wait()
+
+
+def compare(size: str, pairs: int) -> dict[str, float | str]:
+    """Medians of interleaved timings, and the ratio to the faster PyTorch."""
+    names = ("lmjax", "eager", "compile")
+    sides = {name: Side(name, size) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(pairs):
+        for name in names:
+            seconds[name].append(sides[name].seconds(STEPS[size]))
+    for side in sides.values():
+        side.close()
+    tokens = SIZES[size]["batch"] * SIZES[size]["context"] * STEPS[size]
+    best = min(("eager", "compile"), key=lambda name: statistics.median(seconds[name]))
+    ratios = [b / a for a, b in zip(seconds["lmjax"], seconds[best], strict=True)]
+    return {
+        "size": size,
+        **{f"{n}_tokens_per_s": round(tokens / statistics.median(seconds[n])) for n in names},
+        "peer": best,
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+    }
+
+
+def main() -> None:
+    """Prints one JSON object a size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--serve", default="")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(arguments.serve, arguments.sizes)
+    for size in arguments.sizes.split(","):
+        print(json.dumps(compare(size, arguments.pairs)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers lose nothing that they promise to keep, and agree with the published ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmjax import tokenizer as module
+from lmjax.tokenizer import (
+    GPT1BPE,
+    ByteBPE,
+    Characters,
+    SentencePiece,
+    Tokenizer,
+    load_tokenizer,
+)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "fixtures"
+PROSE = (
+    "The quick brown fox jumps over the lazy dog. She sells sea shells by the sea shore;\n"
+    "\tthe shells she sells are surely sea shells — naïve café, 中文 и русский 😀.\r\n\n"
+) * 40
+TEXTS = [PROSE.encode(), b"def f(x):\n    return x + 1\n" * 40]
+SPECS = {
+    "bpe": SentencePiece(vocab=400),
+    "unigram": SentencePiece(vocab=400, model_type="unigram"),
+    "byte-bpe": ByteBPE(vocab=340),
+}
+ODD = [
+    "a\0b", "\0", "\n\n x", "  lead", "trail  ", "\ttab\t", "é😀中\u0301", "\r\n", "\r", "x\u2581y",
+    "\u2581", "\u2581\u2581 \u2581", "\u2585", "<s></s><unk><pad>", "<0x0A>", "<|endoftext|>",
+    "\ufeff", "\u2028\x85\x0b\x0c", " ", "", "\u200b", "\ufffd", "｡ﾟﬁ", "e\u0301",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for name, spec in {**SPECS, "gpt1": GPT1BPE(vocab=300), "characters": Characters()}.items():
+        spec.build(iter(TEXTS), folder / name)
+    return {path.name: load_tokenizer(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("text", ODD)
+def test_odd_text_comes_back(made: dict[str, Tokenizer], name: str, text: str):
+    ids = made[name].encode(text)
+    assert made[name].decode(ids) == text
+    assert made[name].eot not in ids and ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_text_comes_back(made: dict[str, Tokenizer], name: str, text: str):
+    assert made[name].lossless
+    assert made[name].decode(made[name].encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["bpe", "byte-bpe", "gpt1", "characters"])
+def test_training_is_deterministic_and_learns(tmp_path: Path, made, name: str):
+    again = {**SPECS, "gpt1": GPT1BPE(vocab=300), "characters": Characters()}[name]
+    again.build(iter(TEXTS), tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == made[name].fingerprint
+    ids = made[name].encode(PROSE)
+    assert ids.max() < made[name].vocab
+    assert len(ids) == len(PROSE) if name == "characters" else len(ids) < 0.6 * len(PROSE)
+
+
+@pytest.mark.parametrize("name", [*SPECS, "characters"])
+def test_long_documents_are_encoded_in_pieces(made, name: str, monkeypatch):
+    whole = made[name].encode(PROSE)
+    monkeypatch.setattr(module, "PIECE_BYTES", 512)
+    monkeypatch.setattr(module, "GROUP_BYTES", 2048)
+    largest = []
+    inner = made[name]._encode_pieces
+    monkeypatch.setattr(made[name], "_encode_pieces", lambda t: largest.append(t) or inner(t))
+    one, two = made[name].encode_batch([PROSE.encode(), b"short"])
+    assert made[name].decode(one) == PROSE and made[name].decode(two) == "short"
+    assert max(len(t.encode()) for group in largest for t in group) <= 512
+    assert max(sum(len(t.encode()) for t in group) for group in largest) <= 2048
+    assert abs(len(one) - len(whole)) < 0.1 * len(whole)
+
+
+def test_the_end_of_text_has_an_id_of_its_own(made: dict[str, Tokenizer]):
+    assert made["byte-bpe"].eot == made["byte-bpe"].vocab - 1 == 339
+    assert made["bpe"].eot == 3
+    assert made["gpt1"].eot is None and made["characters"].eot is None
+    for name in ("bpe", "byte-bpe"):
+        tokenizer = made[name]
+        assert tokenizer.eot is not None and tokenizer.decode([tokenizer.eot]) == ""
+
+
+def test_sentencepiece_takes_fewer_ids_where_the_corpus_has_no_more(tmp_path: Path):
+    SentencePiece(vocab=100_000).build(iter([b"a tiny corpus\n"]), tmp_path / "t")
+    small = load_tokenizer(tmp_path / "t")
+    assert 260 < small.vocab < 400 and small.decode(small.encode("zebra\n")) == "zebra\n"
+
+
+def test_sentencepiece_leaves_rare_characters_to_bytes(tmp_path: Path):
+    many = "".join(chr(0x4E00 + i) for i in range(400)).encode()
+    SentencePiece(vocab=300).build(iter([many + b" the the the" * 400]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.vocab <= 300
+    assert tokenizer.decode(tokenizer.encode(many.decode())) == many.decode()
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [(SentencePiece(vocab=100), "needs 4 control ids, 256 bytes"), (ByteBPE(vocab=200), "257")],
+)
+def test_an_impossible_vocabulary_is_refused(tmp_path: Path, spec, message: str):
+    with pytest.raises(ValueError, match=message):
+        spec.build(iter(TEXTS), tmp_path / "t")
+
+
+@pytest.mark.parametrize("spec", [SentencePiece(), Characters()])
+def test_no_training_text_is_an_error(tmp_path: Path, spec):
+    with pytest.raises(ValueError, match="the training split has no text"):
+        spec.build(iter([]), tmp_path / "t")
+
+
+def test_only_train_bytes_are_learnt_from(tmp_path: Path):
+    ByteBPE(vocab=300, train_bytes=2000).build(
+        iter([b"abab " * 400, b"xyxy " * 4000]), tmp_path / "t"
+    )
+    pieces = (tmp_path / "t" / "tokenizer.json").read_text()
+    assert '"abab"' in pieces and '"xyxy"' not in pieces
+
+
+def test_a_foreign_sentencepiece_model_is_taken_as_it_is(tmp_path: Path, made):
+    source = made["unigram"].directory / "sentencepiece.model"
+    SentencePiece(path=str(source)).build(iter([]), tmp_path / "t")
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(source))
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.encode(PROSE).tolist() == plain.encode(PROSE)
+    assert (tokenizer.vocab, tokenizer.eot, tokenizer.lossless) == (plain.vocab_size(), 3, False)
+
+
+def byte_files(folder: Path, vocab_name: str, merges_name: str) -> Path:
+    # Ids of the published order: "!" is 0, and the merges follow the 256 bytes.
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "hell")]
+    tokens = [*alphabet, *("".join(m) for m in merges), "<|endoftext|>"]
+    folder.mkdir()
+    (folder / vocab_name).write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges), ""]
+    (folder / merges_name).write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_published_byte_bpe_files_are_read(tmp_path: Path, names):
+    folder = byte_files(tmp_path / "gpt2", *names)
+    ByteBPE(path=str(folder)).build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.encode("hello hell").tolist() == [258, 0 + 78, 259]
+    assert tokenizer.eot == 260 and tokenizer.vocab == 261
+    assert 260 not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
+
+
+def test_a_tokenizer_json_with_control_tokens_is_read(tmp_path: Path, made):
+    # What build writes is such a file: the end of text is an added token in it.
+    ByteBPE(path=str(made["byte-bpe"].directory)).build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.eot == 339 and 339 not in tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.encode(PROSE).tolist() == made["byte-bpe"].encode(PROSE).tolist()
+
+
+def test_published_files_that_do_not_fit_are_refused(tmp_path: Path):
+    folder = byte_files(tmp_path / "gpt2", "vocab.json", "merges.txt")
+    (folder / "merges.txt").write_text("#version: 0.2\nh e\nq q\n")
+    with pytest.raises(ValueError, match=r"merges.txt:3: no merge of two pieces"):
+        ByteBPE(path=str(folder)).build(iter([]), tmp_path / "t")
+    (folder / "vocab.json").write_text('{"a": 0, "b": 2}')
+    with pytest.raises(ValueError, match="vocab.json: the ids"):
+        ByteBPE(path=str(folder)).build(iter([]), tmp_path / "t")
+    (folder / "vocab.json").unlink()
+    with pytest.raises(ValueError, match="no tokenizer here; wanted vocab.json"):
+        ByteBPE(path=str(folder)).build(iter([]), tmp_path / "t")
+
+
+def test_gpt1_lowers_splits_and_knows_what_it_does_not_know(tmp_path: Path):
+    tokens = ["<unk>", "a", "b", "ab", "c</w>", "abc</w>", "ab</w>", "b</w>", "'</w>"]
+    folder = tmp_path / "gpt1"
+    folder.mkdir()
+    (folder / "encoder_bpe_40000.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "vocab_40000.bpe").write_text("#version: 0.2\na b\nab c</w>\na b</w>\n")
+    GPT1BPE(path=str(folder)).build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.encode("ABC áb'—<unk>").tolist() == [5, 6, 8, 0, 0]
+    assert isinstance(tokenizer, module.BPETokenizer)
+    assert tokenizer.pieces("ABC áb'—<unk>") == ["abc</w>", "ab</w>", "'</w>", "—</w>", "<unk>"]
+    assert tokenizer.decode([5, 6]) == "abc ab" and not tokenizer.lossless
+    assert tokenizer.unknown == 0 and tokenizer.eot is None
+
+
+def test_characters_are_in_code_point_order_and_0_is_unknown(tmp_path: Path):
+    Characters().build(iter([b"cab", "é\n".encode()]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.encode("\nabcéz").tolist() == [1, 2, 3, 4, 5, 0]
+    assert tokenizer.decode([1, 2, 3, 4, 5, 0]) == "\nabcé\ufffd" and tokenizer.vocab == 6
+
+
+def golden(name: str) -> list[dict]:
+    path = SHARED / "golden" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
+def test_gpt2_ids_equal_the_golden_ones(tmp_path: Path):
+    rows = golden("gpt2_bpe.jsonl")
+    ByteBPE(path=str(SHARED / "gpt2_bpe")).build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    found = tokenizer.encode_batch([row["text"].encode() for row in rows])
+    assert len(rows) > 90 and [ids.tolist() for ids in found] == [row["ids"] for row in rows]
+    assert tokenizer.eot == 50_256 and tokenizer.vocab == 50_257
+
+
+def test_gpt1_ids_and_pieces_equal_the_golden_ones(tmp_path: Path):
+    rows = golden("gpt1_bpe_hf_basic.jsonl")
+    GPT1BPE(path=str(SHARED / "gpt1_bpe")).build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert isinstance(tokenizer, module.BPETokenizer) and tokenizer.vocab == 40_478
+    for row in rows:
+        assert tokenizer.encode(row["text"]).tolist() == row["ids"]
+        assert tokenizer.pieces(row["text"]) == row["tokens"]
+
+
+def test_a_damaged_folder_names_the_file(tmp_path: Path, made):
+    for name, file in (("bpe", "sentencepiece.model"), ("byte-bpe", "tokenizer.json")):
+        for damage in ("flip", "missing", "description"):
+            folder = tmp_path / f"{name}-{damage}"
+            shutil.copytree(made[name].directory, folder)
+            target = folder / ("description.json" if damage == "description" else file)
+            content = bytearray(target.read_bytes())
+            content[len(content) // 2] ^= 1
+            target.unlink() if damage == "missing" else target.write_bytes(content)
+            with pytest.raises(ValueError, match=target.name):
+                load_tokenizer(folder)
+    with pytest.raises(ValueError, match=r"nowhere.*description.json: cannot be read"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["bpe", "byte-bpe", "characters"])
+def test_ids_beyond_the_vocabulary_are_refused(made: dict[str, Tokenizer], name: str):
+    with pytest.raises(ValueError, match=f"id {made[name].vocab} is not one of"):
+        made[name].decode([made[name].vocab])
