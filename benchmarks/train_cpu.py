@@ -47,9 +47,7 @@ def lmjax_side(size: dict[str, int]):
     }
     with sharding.use(sharding.Layout().mesh()):
         state = create_state(model, transform, 0)
-        step = jax.jit(
-            make_train_step(model, next_token, transform, schedule, 0), donate_argnums=0
-        )
+        step = jax.jit(make_train_step(model, next_token, transform, schedule, 0), donate_argnums=0)
         state, _ = step(state, batch)
 
     def run(steps: int) -> float:

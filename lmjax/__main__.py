@@ -150,7 +150,9 @@ def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load_recorded(arguments, keys)
     from lmjax.evaluate import evaluate
 
-    evaluate(run, Path(arguments.workdir), arguments.split)
+    other = any(key.startswith("data.corpus") for key, _ in keys)
+    corpus = run.data.corpus if other else None
+    evaluate(run, Path(arguments.workdir), arguments.split, corpus)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -221,9 +223,7 @@ def _import(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
-    parser.add_argument(
-        "--to", dest="target", required=True, metavar="FOLDER", help="a new folder"
-    )
+    parser.add_argument("--to", dest="target", required=True, metavar="FOLDER", help="a new folder")
 
 
 def _export(arguments: argparse.Namespace, keys: Assignments) -> None:

@@ -58,9 +58,7 @@ def attention(
         return _splash(query_BHLK, key_BHSK, value_BHSK, causal, segments_BL)
     if kernel == "cudnn":
         return _cudnn(query_BHLK, key_BHSK, value_BHSK, causal)
-    return _xla(
-        query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key
-    )
+    return _xla(query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key)
 
 
 def _mask(

@@ -32,6 +32,11 @@ class Ramp:
     increment: int
     tokens: float
 
+    def __post_init__(self) -> None:
+        for name in ("start", "increment", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ramp.{name}={getattr(self, name)}: must be at least 1")
+
 
 class Plan:
     """Which examples each step sees: the arithmetic of batch sizes."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a recipe: corpus, tokenizer, splits; made into a sealed store once, then reused."""
 
+import hashlib
+import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from lmjax.store import (
     Occupied,
     Progress,
     Store,
+    build_store,
     building,
     fill_store,
     is_occupied,
@@ -79,8 +82,7 @@ class Data:
         line at a time. Errors: ValueError for bad input, a store of other settings, a changed
         source.
         """
-        folder = Path(self.store).expanduser() if self.store else Path(workdir) / "data"
-        spec = self.spec()
+        folder, spec = self.folder(workdir), self.spec()
         if built := not is_occupied(folder):
             # Another process may build the same store; the one that waited opens the result.
             with suppress(Occupied):
@@ -94,6 +96,10 @@ class Data:
         for line in summary(prepared.store):
             say(line)
         return prepared
+
+    def folder(self, workdir: Path) -> Path:
+        """Where the store of a run in `workdir` lies."""
+        return Path(self.store).expanduser() if self.store else Path(workdir) / "data"
 
     def spec(self) -> dict[str, Any]:
         """What the store depends on: a change of any of it is another store."""
@@ -148,6 +154,26 @@ def open_prepared(folder: Path, spec: dict[str, Any] | None = None) -> Prepared:
     folder = Path(folder)
     store = open_store(folder, spec)
     return Prepared(store, store.tokenizer)
+
+
+def hold_out(
+    corpus: Corpus, tokenizer: Tokenizer, workdir: Path, progress: Progress | None = None
+) -> Prepared:
+    """All of another corpus as one test split, in the tokens of a trained model.
+
+    Its store is a folder of its own in `workdir`, named by the hash of what it was made from.
+    """
+    spec = {"corpus": _described(corpus), "tokenizer": tokenizer.fingerprint, "split": "test"}
+    sources = corpus.sources()
+    name = hashlib.sha256(json.dumps([spec, sources]).encode()).hexdigest()[:12]
+    folder = Path(workdir) / f"data-{name}"
+    if not is_occupied(folder):
+        report = Report()
+        build_store(
+            folder, corpus.documents(report), tokenizer, spec, lambda _: "test", progress,
+            report=report, sources=sources,
+        )  # fmt: skip
+    return open_prepared(folder, spec)
 
 
 def summary(store: Store) -> list[str]:

@@ -3,7 +3,7 @@
 
 import lzma
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import numpy as np
 
 from lmjax import batches, sharding
 from lmjax.checkpoint import load_params, write_text
-from lmjax.data import Prepared
+from lmjax.data import Prepared, hold_out, open_prepared
+from lmjax.progress import Work
 from lmjax.recipe import dump
 from lmjax.report import write_report
 from lmjax.run import Run
 from lmjax.step import abstract_params, make_eval_step
-from lmjax.store import Split
+from lmjax.store import Split, is_occupied
+from lmjax.text import Corpus
+from lmjax.tokenizer import Tokenizer, load_tokenizer
 
 # xz needs the text in memory; beyond this a comparison takes minutes and tells nothing new.
 _XZ_LIMIT = 64 * 2**20
@@ -37,7 +40,8 @@ class Evaluator:
             raise ValueError(f"there is no {split} split here; allowed: {', '.join(splits)}")
         self.split = splits[split]
         self._examples = run.data.examples
-        self._lossless = prepared.tokenizer.lossless
+        unknown = prepared.store.manifest["splits"][split]["unknown"]
+        self.lossless = prepared.tokenizer.lossless and not unknown
         count = self._examples.held_out_count(self.split)
         self.windows = min(windows, count) if windows else count
         self._plan = batches.Plan(run.batch, self._examples.length)
@@ -74,7 +78,7 @@ class Evaluator:
             "split": self.split.name,
             "loss": scores["loss"],
             "perplexity": math.exp(min(scores["loss"], 700)),
-            "bits_per_byte": bits / self.split.n_bytes if self._lossless else None,
+            "bits_per_byte": bits / self.split.n_bytes if self.lossless else None,
             "accuracy": scores["accuracy"],
             "tokens": tokens,
             "bytes": self.split.n_bytes,
@@ -83,23 +87,36 @@ class Evaluator:
         }
 
 
-def evaluate(run: Run, workdir: Path, split: str = "") -> dict[str, Any]:
+def evaluate(
+    run: Run, workdir: Path, split: str = "", corpus: Corpus | None = None
+) -> dict[str, Any]:
     """Scores the newest checkpoint of `workdir`; prints, and writes `evaluation-<split>.json`.
 
     Args:
       split: default "test", or "validation" where the recipe holds out no test split.
+      corpus: score all of this one instead of a split of the run's own; `split` names the result.
 
     Raises:
-      ValueError: no checkpoint, no such split, or a store that does not fit the recipe.
+      ValueError: no checkpoint, no such split, or a store that is damaged.
     """
+    own = run.data.folder(workdir)
     with sharding.use(run.mesh.mesh()):
-        prepared = run.data.prepare(workdir, say=lambda _: None)
-        split = split or ("test" if "test" in prepared.store.splits else "validation")
-        score = Evaluator(run, prepared, split)
+        if corpus is None:
+            prepared = open_prepared(own)
+            split = split or ("test" if "test" in prepared.store.splits else "validation")
+            score = Evaluator(run, prepared, split)
+        else:
+            tokenizer = load_tokenizer(workdir / "tokenizer")
+            prepared = hold_out(corpus, tokenizer, workdir, Work("tokenising"))
+            score = Evaluator(run, prepared, "test")
         step, params = load_params(workdir, abstract_params(run.model))
         result = score.report(params, step)
-    result["baselines"] = baselines(prepared, split) if prepared.tokenizer.lossless else None
-    write_text(workdir / f"evaluation-{split}.json", dump(result))
+    name = split or "corpus"
+    result["split"] = name
+    if score.lossless:
+        counted = open_prepared(own) if is_occupied(own) else None
+        result["baselines"] = baselines(prepared.tokenizer, score.split, counted)
+    write_text(workdir / f"evaluation-{name}.json", dump(result))
     for line in _lines(result):
         print(line)
     print(f"report: {write_report(workdir)}")
@@ -114,39 +131,34 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"  loss           {result['loss']:.4f} nats per token"
     yield f"  perplexity     {result['perplexity']:.3f} per token"
     if result["bits_per_byte"] is None:
-        yield "  bits per byte  none: this tokeniser does not keep the text"
+        yield "  bits per byte  none: the tokeniser does not keep all of this text"
         return
     yield f"  bits per byte  {result['bits_per_byte']:.4f}"
-    for name, value in result["baselines"].items():
+    for name, value in result.get("baselines", {}).items():
         if value is not None:
             yield f"    {name.split('_')[0]:<12} {value:.4f}  (the same text)"
 
 
-def baselines(prepared: Prepared, split: str) -> dict[str, float | None]:
+def baselines(
+    tokenizer: Tokenizer, held_out: Split, trained_on: Prepared | None
+) -> dict[str, float | None]:
     """Bits per byte of a unigram model of the same tokens and of xz on the same text.
 
-    The unigram model has the training split's token counts, plus one.
+    The unigram model has the token counts of the training split, plus one.
     """
-    train, held_out = prepared.store.splits["train"], prepared.store.splits[split]
-    counts = np.bincount(train.tokens, minlength=prepared.tokenizer.vocab) + 1.0
-    nats = -np.log(counts / counts.sum())
-    bits = float(nats[held_out.tokens].sum() / math.log(2))
-    xz_bytes = None
+    unigram = xz = None
+    if trained_on is not None:
+        train = trained_on.store.splits["train"]
+        counts = np.bincount(train.tokens, minlength=tokenizer.vocab) + 1.0
+        bits = -np.log2(counts / counts.sum())
+        unigram = float(bits[held_out.tokens].sum()) / held_out.n_bytes
     if held_out.n_bytes <= _XZ_LIMIT:
-        xz_bytes = len(lzma.compress(split_text(prepared, held_out), preset=9))
-    return {
-        "unigram_bits_per_byte": bits / held_out.n_bytes,
-        "xz_bits_per_byte": None if xz_bytes is None else 8 * xz_bytes / held_out.n_bytes,
-    }
+        xz = 8 * len(lzma.compress(split_text(tokenizer, held_out), preset=9)) / held_out.n_bytes
+    return {"unigram_bits_per_byte": unigram, "xz_bits_per_byte": xz}
 
 
-def split_text(prepared: Prepared, split: Split) -> bytes:
+def split_text(tokenizer: Tokenizer, split: Split) -> bytes:
     """The text of a split, documents one after the other."""
-    ends = np.append(split.starts[1:], len(split.tokens))
     skip = split.eot is not None
-    decode: Callable[[Any], str] = prepared.tokenizer.decode
-    documents = (
-        decode(split.tokens[start + skip : end])
-        for start, end in zip(split.starts, ends, strict=True)
-    )
-    return "".join(documents).encode()
+    bounds = zip(split.starts[:-1], split.starts[1:], strict=True)
+    return b"".join(tokenizer.decode(split.tokens[a + skip : b]).encode() for a, b in bounds)

@@ -28,9 +28,7 @@ _CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**30, "tpu": 2**28}
 def next_token(outputs: Outputs, batch: Batch) -> Sums:
     """Next-token cross-entropy in nats, and the share of targets that score highest."""
     weights_BL = batch["weights_BL"]
-    nll, hits = cross_entropy(
-        outputs.hidden_BLD, outputs.readout, batch["targets_BL"], weights_BL
-    )
+    nll, hits = cross_entropy(outputs.hidden_BLD, outputs.readout, batch["targets_BL"], weights_BL)
     weight = weights_BL.sum()
     return {"loss": (nll, weight), "accuracy": (jax.lax.stop_gradient(hits), weight)}
 
@@ -178,9 +176,7 @@ def _chunk(totals: _Totals, inputs, *, table_VD, bias_V, row_V, gradients: bool)
     bias_grad_V = totals.bias_V + grad_NV.sum(0)
     grad_NV = grad_NV.astype(hidden_ND.dtype)
     # Each device of a tensor group knows its own words' share of the hidden gradient.
-    hidden_grad_ND = sharding.sum_over(
-        jnp.einsum("NV,VD->ND", grad_NV, table_VD), sharding.TENSOR
-    )
+    hidden_grad_ND = sharding.sum_over(jnp.einsum("NV,VD->ND", grad_NV, table_VD), sharding.TENSOR)
     table_grad_VD = totals.table_VD + jnp.einsum(
         "NV,ND->VD", grad_NV, hidden_ND, preferred_element_type=jnp.float32
     )

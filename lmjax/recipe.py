@@ -9,6 +9,7 @@ JSON: values and class names, never an import path.
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import types
 import typing
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 
 Recipe = TypeVar("Recipe")
 
-# Linen adds these two to every module; they are wiring, not hyper-parameters.
+# Linen adds these two to every module; they are wiring there, and ordinary fields elsewhere.
 _WIRING = ("parent", "name")
 
 
@@ -49,7 +50,12 @@ def nearest(word: str, allowed: typing.Iterable[str]) -> str | None:
 
 def fields(value: Any) -> list[dataclasses.Field]:
     """The hyper-parameters of a dataclass or Linen module."""
-    return [f for f in dataclasses.fields(value) if f.init and f.name not in _WIRING]
+    wiring = _WIRING if _is_module(value) else ()
+    return [f for f in dataclasses.fields(value) if f.init and f.name not in wiring]
+
+
+def _is_module(value: Any) -> bool:
+    return hasattr(value, "clone")  # known by what it does, so that no recipe needs jax
 
 
 def override(recipe: Recipe, assignments: typing.Iterable[tuple[str, str]]) -> Recipe:
@@ -67,7 +73,7 @@ def _set(value: Any, path: list[str], text: str, key: str) -> Any:
     head, rest = path[0], path[1:]
     by_name = {f.name: f for f in fields(value)}
     if head not in by_name:
-        _unknown(value, head, key)
+        _unknown(value, path, key)
     current = getattr(value, head)
     if rest:
         if not dataclasses.is_dataclass(current):
@@ -78,22 +84,22 @@ def _set(value: Any, path: list[str], text: str, key: str) -> Any:
     return _replace(value, **{head: new})
 
 
-def _unknown(value: Any, head: str, key: str) -> typing.NoReturn:
+def _unknown(value: Any, path: list[str], key: str) -> typing.NoReturn:
     names = [f.name for f in fields(value)]
-    prefix = key.split(".")[: key.split(".").index(head)]
-    near = nearest(head, names)
+    prefix = key.split(".")[: -len(path)]
+    near = nearest(path[0], names)
     if near is None:  # perhaps the right key in the wrong place
-        leaf = key.rsplit(".", 1)[-1]
+        leaf = path[-1]
         elsewhere = [k for k, _ in flatten(to_json(value)) if k.rsplit(".", 1)[-1] == leaf]
         near = elsewhere[0] if elsewhere else None
-    hint = f"; did you mean --{'.'.join([*prefix, near])}?" if near else ""
+    hint = f"; did you mean --{'.'.join([*prefix, near])}?" if near else "."
     dotted = "".join(f"{p}." for p in prefix)
     allowed = ", ".join(f"--{dotted}{n}" for n in names)
     raise ValueError(f"unknown key --{key}{hint} Allowed here: {allowed}")
 
 
 def _replace(value: Any, **changes: Any) -> Any:
-    return value.clone(**changes) if hasattr(value, "clone") else dataclasses.replace(value, **changes)
+    return value.clone(**changes) if _is_module(value) else dataclasses.replace(value, **changes)
 
 
 def _parse_field(owner: Any, field: dataclasses.Field, current: Any, text: str, key: str) -> Any:
@@ -134,8 +140,8 @@ def _integer(text: str, key: str) -> int:
         try:
             number = float(text)
         except ValueError:
-            number = 0.5
-        if number != int(number):
+            number = math.nan
+        if not number.is_integer():
             raise ValueError(f"--{key}={text}: a whole number is needed") from None
         return int(number)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh and the rules: the only file that names mesh axes.
 
-`data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, the MLP's
-inner width and the vocabulary. Parameters rest sharded as RULES says; a layer asks `for_compute`
-for its weights, which casts them first and gathers them over `fsdp` second, so that what travels
-is the compute dtype. The compiler's own choice for narrow models is thousands of small
-permutes, which is why the gather is explicit.
+`data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, the
+MLP's inner width and the vocabulary. Parameters rest sharded as RULES says; a layer asks
+`for_compute` for its weights, which casts them first and gathers them over `fsdp` second, so that
+what travels is the compute dtype. The compiler's own choice for narrow models is thousands of
+small permutes, which is why the gather is explicit.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA, FSDP)
 
-# (parameter path, how its last dimensions are split). Leading dimensions (stacked layers) are whole.
+# (parameter path, how its last dimensions are split). Leading ones (stacked layers) are whole.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", (TENSOR, FSDP)),
     (r"positions$", (None, FSDP)),
@@ -138,7 +138,7 @@ def _check_even(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...])
 
 
 def shardings(tree: Any) -> Any:
-    """NamedSharding for every array of `tree` (parameters, or a state that holds copies of them)."""
+    """NamedSharding for every array of `tree`: parameters, or a state that holds some."""
     here = mesh()
     assert here is not None, "shardings are asked for under sharding.use(mesh)"
     return jax.tree_util.tree_map_with_path(

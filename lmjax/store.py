@@ -117,7 +117,7 @@ def build_store(
     `spec` says what the store was made from and is asked for again by `open_store`; `split`
     names the split of a document; `progress(done, total)` counts bytes of text. `report` is
     filled by whoever yields the documents, and its lines are kept with `sources`.
-    Errors: ValueError for an occupied folder and for an empty training split.
+    Errors: ValueError for an occupied folder and where there are no documents.
     """
     with building(directory) as folder:
         shutil.copytree(tokenizer.directory, folder / TOKENIZER)
@@ -155,12 +155,8 @@ def fill_store(
             progress(done, total_bytes)
     splits = {name: writers[name].finish() for name in sorted(writers)}
     lines = report.lines() if report else []
-    if "train" not in splits:
-        found = ", ".join(f"{name} {facts['documents']}" for name, facts in splits.items())
-        raise ValueError(
-            f"no document is left to train on (documents: {found or 'none at all'})"
-            + "".join(f"; {line}" for line in lines)
-        )
+    if not splits:
+        raise ValueError("there are no documents" + "".join(f"; {line}" for line in lines))
     manifest = {
         "format": FORMAT,
         "spec": plain(spec),

@@ -239,4 +239,3 @@ class _Stop:
 
     def __bool__(self) -> bool:
         return self._asked
-

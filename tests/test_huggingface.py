@@ -149,6 +149,9 @@ def test_weights_in_several_files_are_read(tmp_path):
     index.write_text(json.dumps({"weight_map": {"wte.weight": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="elsewhere"):
         import_gpt2(folder)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="files of this folder"):
+        import_gpt2(folder)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

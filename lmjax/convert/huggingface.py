@@ -27,6 +27,7 @@ from lmjax import sharding
 from lmjax.checkpoint import read_json
 from lmjax.layers import padded
 from lmjax.models.gpt import GPT
+from lmjax.recipe import dump
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -108,11 +109,10 @@ def import_gpt2(folder: Path | str) -> tuple[GPT, Any, Info]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is damaged: it is no JSON object")
     model, notes = _model(config, path)
-    model_type = config["model_type"]
-    tensors = dict(_without_copies(_stored(folder), _TABLES[model_type][0], folder))
+    tensors = dict(_without_copies(_stored(folder), _TABLES[_model_type(model)][0], folder))
     _check_names(tensors, hub_shapes(model), folder)
     eos = config.get("eos_token_id")
-    info = Info(model_type, eos if type(eos) is int else None, notes)
+    info = Info(_model_type(model), eos if type(eos) is int else None, notes)
     return model, _to_params(model, tensors), info
 
 
@@ -138,7 +138,7 @@ def export_gpt2(
         raise ValueError(f"{folder} exists and is not empty; choose another folder")
     config = _config(model, eot)
     others = _tokenizer_contents(tokenizer_files)
-    params = jax.tree.map(np.asarray, jax.device_get(params))
+    params = jax.device_get(params)
     tensors = hub_tensors(model, params)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -146,9 +146,8 @@ def export_gpt2(
     try:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         ends = {"bos_token_id": eot, "eos_token_id": eot}
-        for name, content in (("config.json", config), ("generation_config.json", ends)):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        for name, content in others.items():
+        texts = {"config.json": dump(config), "generation_config.json": dump(ends)}
+        for name, content in ({n: t.encode() for n, t in texts.items()} | others).items():
             (temporary / name).write_bytes(content)
         shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # it comes as 0600
         _check_written(temporary, model, params)
@@ -303,11 +302,11 @@ def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif index.is_file():
-        weight_map = read_json(index).get("weight_map") or {}
-        files = sorted(set(weight_map.values()))
-        outside = [f for f in files if Path(f).name != f]
-        if outside or not files:
-            raise ValueError(f"{index}: weight_map names no file of this folder: {outside}")
+        found = read_json(index)
+        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        if not files or any(Path(f).name != f for f in files):
+            raise ValueError(f"{index}: weight_map names {files}; allowed: files of this folder")
     else:
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {_INDEX}; only safetensors are read")
     for file in files:

@@ -14,8 +14,21 @@ import jax.numpy as jnp
 
 from lmjax import sharding
 from lmjax.attention import Kernel
-from lmjax.layers import MLP, Batch, Dtype, Outputs, Readout, Remat, SelfAttention
-from lmjax.layers import compute_dtype, embed, padded, padded_normal, stack_apply, stack_init
+from lmjax.layers import (
+    MLP,
+    Batch,
+    Dtype,
+    Outputs,
+    Readout,
+    Remat,
+    SelfAttention,
+    compute_dtype,
+    embed,
+    padded,
+    padded_normal,
+    stack_apply,
+    stack_init,
+)
 
 
 class Block(nn.Module):
@@ -119,7 +132,9 @@ class GPT(nn.Module):
         else:
             positions_BL, places["segments_BL"] = batch["positions_BL"], batch["segments_BL"]
 
-        if self.one_table:  # GPT-1 drops entries of the table, so a dropped one leaves the readout too
+        if (
+            self.one_table
+        ):  # GPT-1 drops entries of the table, so a dropped one leaves the readout too
             table_VD = drop(table_VD)
             place_BLD = embed(table_VD, self.vocab + positions_BL, dtype)
             hidden_BLD = embed(table_VD, tokens_BL, dtype) + place_BLD

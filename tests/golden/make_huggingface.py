@@ -96,7 +96,7 @@ def main() -> None:
             logits=answer.logits.numpy(),
             states=torch.stack(answer.hidden_states).numpy(),
             greedy=greedy.numpy().astype(np.int32),
-            **arrays,
+            **arrays,  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the real train step with the real TPU compiler, on a machine without a TPU.
+
+libtpu compiles for a topology that is only named. What it answers exactly: memory, aliasing, and
+the operations and collectives of the program. Its cycle estimates rank variants of one program;
+they leave out kernels (Mosaic) and the time on the wires, and are no measured speed.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Read when libtpu loads, which the first topology makes happen: there is no metadata server to
+# wait for, and several test processes compile at once.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from lmjax import sharding  # noqa: E402
+from lmjax.run import Run  # noqa: E402
+from lmjax.step import abstract_state, make_train_step  # noqa: E402
+
+MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]'"
+CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def installed() -> bool:
+    """Whether libtpu, the package with the compiler, is here."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+@functools.cache
+def devices(topology: str) -> list[Any]:
+    """The devices of a topology such as "v5e:4x4", good for compiling only."""
+    shape = [int(n) for n in topology.split(":")[1].split("x")]
+    bounds = {} if math.prod(shape) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, **bounds
+    )
+    return list(described.devices)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the compiled program.
+
+    Attributes:
+      times: executions per step, loops counted.
+      shapes: (dtype, dimensions) of its results, per device.
+      cycles: the compiler's estimate for one execution; 0 where it gives none.
+      source: path of the traced operation that it came from.
+    """
+
+    name: str
+    kind: str
+    times: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    cycles: int
+    source: str
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all results, per device and execution."""
+        return sum(_bytes(*shape) for shape in self.shapes)
+
+
+def _bytes(dtype: str, dims: tuple[int, ...]) -> int:
+    digits = re.sub(r"\D", "", dtype)
+    return math.prod(dims) * (_BITS.get(dtype) or int(digits or 8)) // 8
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and shape.
+
+    Attributes:
+      bytes: of one execution, at full size: gathered, or before scattering.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    times: int
+    source: str
+
+
+class Program:
+    """A compiled train step: what it keeps in memory, computes and sends."""
+
+    def __init__(self, compiled: Any, topology: str) -> None:
+        self.memory = compiled.memory_analysis()
+        self.text = compiled.as_text()
+        self.clock_hz = CLOCK_HZ[topology.split(":")[0]]
+        computations, entry = _computations(self.text)
+        self.ops = list(_walk(computations, entry, 1))
+        # Results of operations inside fusions live in registers, not in memory: the walk leaves
+        # them out, and so does this.
+        self.buffers = sorted({(_bytes(*s), *s) for op in self.ops for s in op.shapes})
+
+    @property
+    def peak_gib(self) -> float:
+        """Arguments, results that are not arguments, and temporaries: all that a chip must hold."""
+        m = self.memory
+        total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        return (total + m.temp_size_in_bytes) / 2**30
+
+    @property
+    def milliseconds(self) -> float:
+        """Estimated time of a step without kernels and transfers."""
+        return 1e3 * sum(op.cycles * op.times for op in self.ops) / self.clock_hz
+
+    def kernels(self) -> list[Op]:
+        """Mosaic kernels, such as splash attention."""
+        return [op for op in self.ops if 'custom_call_target="tpu_custom_call"' in op.text]
+
+    def collectives(self, kind: str = "") -> list[Collective]:
+        """Everything that devices send each other, or one kind of it."""
+        found = (_collective(op) for op in self.ops)
+        return [c for c in found if c is not None and c.kind.startswith(kind)]
+
+
+def _collective(op: Op) -> Collective | None:
+    kind = next((k for k in _COLLECTIVES if op.kind in (k, f"{k}-start")), None)
+    if kind is None:
+        return None
+    # An asynchronous start returns (operands, results, …); the larger is the full size.
+    sizes = [_bytes(*s) for s in op.shapes]
+    size = max(sizes) if op.kind.endswith("-start") else sum(sizes)
+    groups = re.search(r"replica_groups=\[(\d+),(\d+)\]|replica_groups=\{\{([\d,]*)\}", op.text)
+    if kind == "reduce-scatter" and groups:
+        size *= int(groups[2]) if groups[2] else groups[3].count(",") + 1
+    return Collective(kind, op.shapes[0][0], size, op.times, op.source)
+
+
+def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None) -> Program:
+    """The train step of `run`, as `train` builds it, compiled for a TPU topology."""
+    with sharding.use(run.mesh.mesh(devices(topology))):
+        optimiser = run.optimiser()
+        state = abstract_state(run.model, optimiser)
+        step = make_train_step(
+            run.model, run.loss, optimiser, run.schedule(), run.seed, run.accumulate
+        )
+        rest = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=rest)
+        compiled = jitted.lower(state, _batch(run)).compile(compiler_options=options)
+    return Program(compiled, topology)
+
+
+def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, rows = (run.batch, run.data.examples.length), sharding.batch_sharding()
+    whole = ("tokens_BL", "targets_BL", "segments_BL", "positions_BL")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in whole}
+    return batch | {"weights_BL": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation of an HLO module by its name, and the name of the first to run."""
+    # A Mosaic call carries metadata over several lines, whose last would end its computation.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL)
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = ""
+    for line in text.split("\n"):
+        head = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line)
+        if head:
+            lines = found[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif " = " in line:
+            lines.append(line)
+    return found, entry
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
+    for line in computations[name]:
+        op = _parse(line, times)
+        if op.kind == "while":
+            condition, body = (re.search(rf"{k}=%([\w.\-]+)", line)[1] for k in ("condition", "body"))
+            yield from _walk(computations, body, times * _trips(computations[condition]))
+        elif op.kind in ("call", "conditional", "async-start"):
+            for called in re.findall(r"(?:to_apply|computation|calls)=%([\w.\-]+)", line):
+                yield from _walk(computations, called, times)
+        else:
+            yield op
+
+
+def _parse(line: str, times: int) -> Op:
+    name, right = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
+    kind = re.search(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(", right)
+    results = right[: kind.start()]
+    shapes = tuple(
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", results)
+    )
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', right)
+    source = re.search(r'op_name="([^"]*)"', right)
+    return Op(
+        name, kind[1], times, shapes, int(cycles[1]) if cycles else 0,
+        source[1] if source else "", line,
+    )  # fmt: skip
+
+
+def _trips(condition: list[str]) -> int:
+    """Iterations of a loop whose condition is `counter < constant`, from 0 by 1."""
+    bounds = [int(n) for line in condition for n in re.findall(r" constant\((\d+)\)", line)]
+    assert len(bounds) == 1, f"a loop of unknown length: {condition}"
+    return bounds[0]
