@@ -104,7 +104,7 @@ def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
 
 def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
     """The experiment as the run directory recorded it, then the keys that were typed."""
-    from lmjax.checkpoint import read_json
+    from lmjax.workdir import read_json
 
     run = recipe.load(arguments.experiment, arguments.tiny)
     recorded = read_json(Path(arguments.workdir) / "recipe.json")["run"]

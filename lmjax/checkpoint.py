@@ -5,10 +5,7 @@ The only file that names Orbax. A step is a directory `checkpoints/<step>`, whic
 not at all; what a restore finds must have exactly the shapes and dtypes that the model wants.
 """
 
-import fcntl
-import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,30 +18,6 @@ from lmjax.step import State
 
 _policies = ocp.training.preservation_policies
 Say = Callable[[str], None]
-
-
-class RunLock:
-    """One writer per run directory: held from creation until the process ends."""
-
-    def __init__(self, workdir: Path) -> None:
-        """Raises ValueError if another process holds the lock of `workdir`."""
-        self._file = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            raise ValueError(
-                f"{workdir} is being written by another process ({owner}); wait for it, stop it, "
-                "or choose another --workdir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()}")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Lets another process write."""
-        self._file.close()
 
 
 class Checkpoints:
@@ -164,24 +137,3 @@ def _arrays(tree: Any) -> dict[str, Any]:
 def _quiet() -> None:
     for name in ("orbax", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file of a run directory.
-
-    Raises:
-      ValueError: it is missing or cut; names the file.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; is {path.parent} a run directory?") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file of a run directory whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lmjax import batches, sharding
-from lmjax.checkpoint import load_params, write_text
+from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
 from lmjax.progress import Work
 from lmjax.recipe import dump
@@ -21,6 +21,7 @@ from lmjax.step import abstract_params, make_eval_step
 from lmjax.store import Split, is_occupied
 from lmjax.text import Corpus
 from lmjax.tokenizer import Tokenizer, load_tokenizer
+from lmjax.workdir import write_text
 
 # xz needs the text in memory; beyond this a comparison takes minutes and tells nothing new.
 _XZ_LIMIT = 64 * 2**20
@@ -102,6 +103,8 @@ def evaluate(
     own = run.data.folder(workdir)
     with sharding.use(run.mesh.mesh()):
         if corpus is None:
+            if not is_occupied(own):
+                raise ValueError(f"{own} holds no token store; name a corpus: --data.corpus=…")
             prepared = open_prepared(own)
             split = split or ("test" if "test" in prepared.store.splits else "validation")
             score = Evaluator(run, prepared, split)

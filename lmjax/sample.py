@@ -29,6 +29,8 @@ def sample(
     Raises:
       ValueError: no checkpoint or tokeniser in `workdir`.
     """
+    if not (workdir / "tokenizer").is_dir():
+        raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
     tokenizer = load_tokenizer(workdir / "tokenizer")
     with sharding.use(sharding.Layout().mesh()):
         step, params = load_params(workdir, abstract_params(run.model))

@@ -184,7 +184,11 @@ def _gather_forward(x: jax.Array, rest: P) -> tuple[jax.Array, None]:
 
 
 def _gather_backward(rest: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (constrain(gradient, *rest),)
+    # Asked for the shard at once, the compiler would split the matrix product that makes the
+    # gradient into one slice a device and pass those around, in many small permutes. Whole first
+    # and shard second, it sums with one reduce-scatter.
+    whole = constrain(gradient, *(None if a == FSDP else a for a in rest))
+    return (constrain(whole, *rest),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)

@@ -36,7 +36,11 @@ def init_params(model: nn.Module, seed: int) -> Any:
 
 def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int) -> State:
     """The state before step 0; traced under `jax.jit`, it is born sharded."""
-    params = init_params(model, seed)
+    return state_from(optimiser, init_params(model, seed))
+
+
+def state_from(optimiser: optax.GradientTransformation, params: Any) -> State:
+    """Step 0 with these parameters and a fresh optimiser."""
     return State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
 
 

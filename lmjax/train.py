@@ -4,12 +4,8 @@
 import contextlib
 import itertools
 import os
-import platform
-import re
-import shutil
 import signal
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +13,15 @@ import jax
 
 from lmjax import recipe, sharding
 from lmjax.batches import batches
-from lmjax.checkpoint import Checkpoints, RunLock, newest_step, read_json, write_text
+from lmjax.checkpoint import Checkpoints, newest_step
 from lmjax.data import Prepared
 from lmjax.evaluate import Evaluator
 from lmjax.metrics import MetricsWriter, Throughput
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
-from lmjax.run import Run, describe
+from lmjax.run import Run
 from lmjax.step import State, abstract_state, create_state, make_train_step
-
-# What may change between two starts of one run: nothing here changes what a step computes.
-FREE = re.compile(
-    r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
-    r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
-)
+from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
 
 
 def train(
@@ -52,11 +43,12 @@ def train(
     lock = RunLock(workdir)
     with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
         run.plan().check(run.accumulate)
-        _refuse_other_recipe(run, workdir, allow)
+        if newest_step(workdir) is not None:
+            refuse_other_recipe(run, workdir, allow)
         prepared = run.data.prepare(workdir, Work("tokenising"))
         check_vocabulary(run, prepared)
         keep_tokenizer(prepared.tokenizer.directory, workdir)
-        _record(run, workdir, about)
+        record(run, workdir, about)
 
         recorded = recipe.to_json(run)
         checkpoints = Checkpoints(workdir, recorded, run.keep, print)
@@ -92,21 +84,21 @@ def _loop(
     score = None
     if "validation" in prepared.store.splits:
         score = Evaluator(run, prepared, "validation", run.evaluate_windows)
-    record = Recorder(run, workdir, first)
+    log = Recorder(run, workdir, first)
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
 
-    with contextlib.closing(record), jax.transfer_guard("disallow"):
+    with contextlib.closing(log), jax.transfer_guard("disallow"):
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
             state, metrics = step_fn(state, batch)
             if late is not None:
-                record.step(*late)
+                log.step(*late)
             late = (done, metrics)
             last = done == run.steps or done == stop_at or bool(stop)
-            scoring = score and not stop and (last or _due(done, run.evaluate_every))
+            scoring = not stop and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
-                record.step(*late, held_out=score(state.params)["loss"] if scoring else None)
+                log.step(*late, held_out=score(state.params)["loss"] if score and scoring else None)
                 late = None
             if saving:
                 checkpoints.save(done, state)
@@ -114,7 +106,7 @@ def _loop(
             if last:
                 break
         if late is not None:
-            record.step(*late)
+            log.step(*late)
         checkpoints.finish()
     return state
 
@@ -160,58 +152,6 @@ def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     step = int(state.step)
     print(f"resumed at step {step:,}" + (" (finished)" if step >= run.steps else ""))
     return state, step
-
-
-def _refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
-    """Raises ValueError, with the difference, if `workdir` was begun under another recipe."""
-    path = workdir / "recipe.json"
-    if newest_step(workdir) is None or not path.exists():
-        return
-    changes = recipe.difference(read_json(path)["run"], recipe.to_json(run))
-    allowed = set(allow)
-    for key, old, new in changes:
-        if FREE.fullmatch(key):
-            print(f"changed since the last start: {key} {old} → {new}")
-    refused = [c for c in changes if not FREE.fullmatch(c[0]) and c[0] not in allowed]
-    if refused:
-        lines = [f"  {key}: {old} → {new}" for key, old, new in refused]
-        keys = ",".join(key for key, _, _ in refused)
-        raise ValueError(
-            f"{workdir} was trained with another recipe:\n" + "\n".join(lines) + "\n"
-            f"Restore these values, choose another --workdir, or name them: --allow={keys}"
-        )
-
-
-def check_vocabulary(run: Run, prepared: Prepared) -> None:
-    """Raises ValueError if the tokeniser has ids that the model has no rows for."""
-    have, need = run.model.vocab, prepared.tokenizer.vocab
-    if need > have:
-        raise ValueError(
-            f"the tokeniser has {need:,} ids but model.vocab={have:,}; set --model.vocab={need}"
-        )
-
-
-def keep_tokenizer(directory: Path, workdir: Path) -> None:
-    """Copies a tokeniser into the run directory, which then needs no store to generate."""
-    shutil.copytree(directory, workdir / "tokenizer", dirs_exist_ok=True)
-
-
-def _record(run: Run, workdir: Path, about: dict[str, str]) -> None:
-    """Writes recipe.json and environment.json."""
-    content = {**about, "summary": describe(run), "run": recipe.to_json(run)}
-    write_text(workdir / "recipe.json", recipe.dump(content))
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    mesh = sharding.mesh()
-    assert mesh is not None
-    devices = [d.device_kind for d in mesh.devices.flat]
-    environment = {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "cores": os.cpu_count(),
-        "devices": {kind: devices.count(kind) for kind in sorted(set(devices))},
-        **{name: metadata.version(name) for name in packages},
-    }
-    write_text(workdir / "environment.json", recipe.dump(environment))
 
 
 class _Stop:

@@ -107,8 +107,7 @@ class Program:
         self.clock_hz = CLOCK_HZ[topology.split(":")[0]]
         computations, entry = _computations(self.text)
         self.ops = list(_walk(computations, entry, 1))
-        # Results of operations inside fusions live in registers, not in memory: the walk leaves
-        # them out, and so does this.
+        # Results inside fusions live in registers, not in memory: the walk leaves them out.
         self.buffers = sorted({(_bytes(*s), *s) for op in self.ops for s in op.shapes})
 
     @property
@@ -129,14 +128,8 @@ class Program:
 
     def collectives(self, kind: str = "") -> list[Collective]:
         """Everything that devices send each other, or one kind of it."""
-        found = (_collective(op) for op in self.ops)
-        return [c for c in found if c is not None and c.kind.startswith(kind)]
+        return [c for c in self._collectives.values() if c.kind.startswith(kind)]
 
-
-def _collective(op: Op) -> Collective | None:
-    kind = next((k for k in _COLLECTIVES if op.kind in (k, f"{k}-start")), None)
-    if kind is None:
-        return None
     # An asynchronous start returns (operands, results, …); the larger is the full size.
     sizes = [_bytes(*s) for s in op.shapes]
     size = max(sizes) if op.kind.endswith("-start") else sum(sizes)

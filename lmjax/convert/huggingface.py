@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lmjax import sharding
-from lmjax.checkpoint import read_json
 from lmjax.layers import padded
 from lmjax.models.gpt import GPT
 from lmjax.recipe import dump
+from lmjax.workdir import read_json
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

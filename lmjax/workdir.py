@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: what its files are called, and who may write them.
+
+recipe.json, environment.json, tokenizer/, data/ (the token store), checkpoints/, metrics.jsonl,
+tensorboard/, evaluation-<split>.json, samples.jsonl, report.html.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lmjax import recipe, sharding
+from lmjax.data import Prepared
+from lmjax.run import Run, describe
+
+# What may change between two starts of one run: nothing here changes what a step computes.
+FREE = re.compile(
+    r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
+    r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
+)
+
+
+class RunLock:
+    """One writer per run directory: held from creation until the process ends."""
+
+    def __init__(self, workdir: Path) -> None:
+        """Raises ValueError if another process holds the lock of `workdir`."""
+        self._file = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            raise ValueError(
+                f"{workdir} is being written by another process ({owner}); wait for it, stop it, "
+                "or choose another --workdir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()}")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Lets another process write."""
+        self._file.close()
+
+
+def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
+    """Raises ValueError, with the difference, if `workdir` was begun under another recipe."""
+    changes = recipe.difference(read_json(workdir / "recipe.json")["run"], recipe.to_json(run))
+    allowed = set(allow)
+    for key, old, new in changes:
+        if FREE.fullmatch(key):
+            print(f"changed since the last start: {key} {old} → {new}")
+    refused = [c for c in changes if not FREE.fullmatch(c[0]) and c[0] not in allowed]
+    if refused:
+        lines = [f"  {key}: {old} → {new}" for key, old, new in refused]
+        keys = ",".join(key for key, _, _ in refused)
+        raise ValueError(
+            f"{workdir} was trained with another recipe:\n" + "\n".join(lines) + "\n"
+            f"Restore these values, choose another --workdir, or name them: --allow={keys}"
+        )
+
+
+def check_vocabulary(run: Run, prepared: Prepared) -> None:
+    """Raises ValueError if the tokeniser has ids that the model has no rows for."""
+    have, need = run.model.vocab, prepared.tokenizer.vocab
+    if need > have:
+        raise ValueError(
+            f"the tokeniser has {need:,} ids but model.vocab={have:,}; set --model.vocab={need}"
+        )
+
+
+def keep_tokenizer(directory: Path, workdir: Path) -> None:
+    """Copies a tokeniser into the run directory, which then needs no store to generate."""
+    shutil.copytree(directory, workdir / "tokenizer", dirs_exist_ok=True)
+
+
+def record(run: Run, workdir: Path, about: dict[str, str]) -> None:
+    """Writes recipe.json and environment.json."""
+    content = {**about, "summary": describe(run), "run": recipe.to_json(run)}
+    write_text(workdir / "recipe.json", recipe.dump(content))
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    mesh = sharding.mesh()
+    assert mesh is not None
+    devices = [d.device_kind for d in mesh.devices.flat]
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cores": os.cpu_count(),
+        "devices": {kind: devices.count(kind) for kind in sorted(set(devices))},
+        **{name: metadata.version(name) for name in packages},
+    }
+    write_text(workdir / "environment.json", recipe.dump(environment))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file of a run directory.
+
+    Raises:
+      ValueError: it is missing or cut; names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; is {path.parent} a run directory?") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of a run directory whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
