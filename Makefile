@@ -2,25 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 DEMO := runs/demo
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow lint lock clean
 
 help:
-	@echo "make demo       train, evaluate and sample a small GPT (minutes on 2 cores)"
+	@echo "make demo       train, evaluate and sample a small GPT: minutes on 2 cores"
 	@echo "make test       run the tests"
-	@echo "make test-slow  run the long ones: TPU compilation, convergence"
+	@echo "make test-slow  run the long ones: whole models through the TPU compiler, convergence"
 	@echo "make lint       ruff and pyright"
 	@echo "make setup      only prepare $(VENV)"
+	@echo "make lock       pin new versions (needs uv)"
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: requirements.lock pyproject.toml
+$(VENV)/.ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "lmjax needs Python >= 3.11; this is $$($(PYTHON) --version). Set PYTHON=…"; exit 1; }
+		{ echo "lmjax needs Python >= 3.11, this is $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready requirements-test.lock
+	$(PIP) --require-hashes -r requirements-test.lock
 	@touch $@
 
 demo: setup
@@ -28,17 +33,23 @@ demo: setup
 	$(RUN) -m lmjax evaluate experiments/demo.py --workdir=$(DEMO) --split=test
 	$(RUN) -m lmjax generate experiments/demo.py --workdir=$(DEMO) --prompt="The module" --top_k=40
 
-test: setup
+test: $(VENV)/.ready-test
 	$(RUN) -m pytest -n 2 -q
 
-test-slow: setup
-	$(RUN) -m pytest -n 2 -q -m slow
+test-slow: $(VENV)/.ready-test
+	$(RUN) -m pytest -q -m slow
 
-lint: setup
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+lint: $(VENV)/.ready-test
+	$(PIP) -r requirements-dev.txt
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
+
+lock:
+	uv pip compile --quiet --universal --python-version=3.11 --generate-hashes --no-header \
+		--no-emit-index-url requirements.txt -o requirements.lock
+	uv pip compile --quiet --universal --python-version=3.11 --generate-hashes --no-header \
+		--no-emit-index-url --extra=test pyproject.toml -c requirements.lock -o requirements-test.lock
 
 clean:
 	rm -rf $(VENV) runs

@@ -22,7 +22,7 @@ from lmjax.text import Builtin
 from lmjax.tokenizer import ByteBPE
 
 run = Run(
-    model=GPT(vocab=50_257, context=1024, depth=12, width=768, heads=12, remat="names"),
+    model=GPT(vocab=50_257, context=1024, depth=12, width=768, heads=12, remat="full"),
     data=Data(
         corpus=Builtin(),
         tokenizer=ByteBPE(vocab=50_257),

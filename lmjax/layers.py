@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from lmjax import sharding
 from lmjax.attention import Kernel, attention
@@ -86,9 +87,29 @@ def _embed_forward(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> Any
 
 def _embed_backward(dtype: Any, saved: Any, gradient_BLD: jax.Array) -> Any:
     tokens_BL, shape = saved
-    zeros_VD = jnp.zeros(shape, jnp.float32)
-    table_VD = zeros_VD.at[tokens_BL].add(gradient_BLD.astype(jnp.float32))
-    return sharding.constrain(table_VD, *sharding.spec("embedding", shape)), None
+    rows_spec = P(sharding.BATCH_AXES)
+    summed = sharding.map_shards(
+        partial(_sum_by_token, vocab=shape[0]),
+        (rows_spec, rows_spec),
+        sharding.spec("embedding", shape),
+    )
+    return summed(tokens_BL, gradient_BLD), None
+
+
+def _sum_by_token(tokens_BL: jax.Array, gradient_BLD: jax.Array, vocab: int) -> jax.Array:
+    """One device's rows and columns of the table's gradient.
+
+    Devices of an fsdp group trade rows of the batch for columns, which is less to send than their
+    whole tables.
+    """
+    tokens_BL = sharding.gather_over(tokens_BL, sharding.FSDP, dim=0)
+    gradient_BLD = sharding.exchange_over(gradient_BLD, sharding.FSDP, split=2, join=0)
+    vocab //= sharding.axis_size(sharding.TENSOR)
+    row_BL = tokens_BL - sharding.index_on(sharding.TENSOR) * vocab
+    row_BL = jnp.where(row_BL < 0, vocab, row_BL)  # negative indices would count from the end
+    zeros_VD = jnp.zeros((vocab, gradient_BLD.shape[-1]), jnp.float32)
+    table_VD = zeros_VD.at[row_BL].add(gradient_BLD.astype(jnp.float32), mode="drop")
+    return sharding.sum_over(table_VD, sharding.DATA)
 
 
 embed.defvjp(_embed_forward, _embed_backward)
@@ -119,12 +140,12 @@ class SelfAttention(nn.Module):
         normal = nn.initializers.normal
         qkv = nn.Einsum(
             (width, 3, self.heads, width // self.heads),
-            "BLD,DNHK->NBHLK",
+            "BLD,DNHK->BLNHK",  # a plain matrix product; moving heads out is cheaper apart
             kernel_init=normal(self.init_std),
             dtype=dtype,
             name="qkv",
         )(hidden_BLD)
-        query, key, value = checkpoint_name(qkv, "qkv")
+        query, key, value = checkpoint_name(jnp.moveaxis(qkv, (2, 3), (0, 2)), "qkv")
         if cache is not None:
             at = (0, 0, offset, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), at)
@@ -144,12 +165,12 @@ class SelfAttention(nn.Module):
         mixed_BHLK = checkpoint_name(mixed_BHLK, "attention")
         out = nn.Einsum(
             (self.heads, width // self.heads, width),
-            "BHLK,HKD->BLD",
+            "BLHK,HKD->BLD",
             kernel_init=normal(self.out_std),
             dtype=dtype,
             name="out",
         )
-        return out(mixed_BHLK), cache
+        return out(jnp.moveaxis(mixed_BHLK, 1, 2)), cache
 
 
 class MLP(nn.Module):

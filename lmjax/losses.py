@@ -22,7 +22,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 # float32 scores that one device holds at a time: small enough for a CPU's caches; on accelerators
 # large, because every chunk adds to the table's gradient in memory.
-_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**30, "tpu": 2**28}
+_CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**30, "tpu": 2**29}
 
 
 def next_token(outputs: Outputs, batch: Batch) -> Sums:

@@ -49,19 +49,21 @@ class AdamW:
           tokens_after: tokens seen after that many steps; traceable.
         """
         count = tokens_after if self.unit == "tokens" else (lambda step: step)
-        end = count(steps) if self.decay_until is None else self.decay_until
+        # Floats, because tokens outgrow the 32 bits that JAX gives to Python's integers.
+        warmup = float(self.warmup)
+        end = float(count(steps) if self.decay_until is None else self.decay_until)
 
         def rate(step: jax.Array) -> jax.Array:
             seen = jnp.asarray(count(step + 1), jnp.float32)
-            rising = seen / max(self.warmup, 1)
-            done = jnp.clip((seen - self.warmup) / max(end - self.warmup, 1), 0, 1)
+            rising = seen / max(warmup, 1.0)
+            done = jnp.clip((seen - warmup) / max(end - warmup, 1.0), 0, 1)
             falling = {
                 "cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)),
                 "linear": 1 - done,
                 "constant": jnp.ones_like(done),
             }[self.decay]
             falling = self.floor + (1 - self.floor) * falling
-            return self.peak * jnp.where(seen < self.warmup, rising, falling)
+            return self.peak * jnp.where(seen < warmup, rising, falling)
 
         return rate
 

@@ -42,6 +42,11 @@ def load(path: str, tiny: bool = False) -> Any:
     return bound[name]
 
 
+def load_beside(file: str, name: str, tiny: bool = False) -> Any:
+    """`load` of an experiment file in the folder of `file`: how one recipe derives from another."""
+    return load(str(Path(file).with_name(name)), tiny)
+
+
 def nearest(word: str, allowed: typing.Iterable[str]) -> str | None:
     """The spelling in `allowed` closest to `word`, if any is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

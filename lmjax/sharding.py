@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,10 +68,10 @@ class Layout:
                 f"mesh {named} does not fit {len(devices)} devices: the product of "
                 "--mesh.data, --mesh.fsdp and --mesh.tensor must be that number (-1: the rest)"
             )
-        types = (AxisType.Auto,) * len(AXES)
-        if devices == list(jax.devices()):
-            return jax.make_mesh(tuple(shape), AXES, axis_types=types)
-        return Mesh(np.array(devices).reshape(shape), AXES, axis_types=types)
+        # Neighbours on an axis are neighbours in the torus; an axis may be a part of a torus axis
+        # (data=8 × tensor=2 on 4×4), which `jax.make_mesh` refuses.
+        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 _current: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
@@ -237,6 +237,13 @@ def index_on(axis: str) -> jax.Array | int:
 def gather_over(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Shards of dimension `dim` put together over a mesh axis, inside `map_shards`."""
     return jax.lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
+
+
+def exchange_over(x: jax.Array, axis: str, split: int, join: int) -> jax.Array:
+    """Shards of dimension `join` put together and `split` sharded instead, inside `map_shards`."""
+    if axis_size(axis) == 1:
+        return x
+    return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
 
 def scatter_over(x: jax.Array, axis: str, dim: int) -> jax.Array:

@@ -33,8 +33,8 @@ from lmjax.step import abstract_state, make_train_step  # noqa: E402
 
 MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]'"
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_LOOP = ("condition", "body")
 
 
 def installed() -> bool:
@@ -62,39 +62,32 @@ class Op:
       shapes: (dtype, dimensions) of its results, per device.
       cycles: the compiler's estimate for one execution; 0 where it gives none.
       source: path of the traced operation that it came from.
+      fused: a part of a fusion, whose result need not exist in memory.
     """
 
-    name: str
     kind: str
     times: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     cycles: int
     source: str
+    fused: bool
     text: str
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all results, per device and execution."""
-        return sum(_bytes(*shape) for shape in self.shapes)
-
-
-def _bytes(dtype: str, dims: tuple[int, ...]) -> int:
-    digits = re.sub(r"\D", "", dtype)
-    return math.prod(dims) * (_BITS.get(dtype) or int(digits or 8)) // 8
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind and shape.
+    """A collective of the program.
 
     Attributes:
       bytes: of one execution, at full size: gathered, or before scattering.
+      devices: how many take part in one group.
     """
 
     kind: str
-    dtype: str
     bytes: int
     times: int
+    devices: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
     source: str
 
 
@@ -104,11 +97,18 @@ class Program:
     def __init__(self, compiled: Any, topology: str) -> None:
         self.memory = compiled.memory_analysis()
         self.text = compiled.as_text()
-        self.clock_hz = CLOCK_HZ[topology.split(":")[0]]
+        self._clock_hz = CLOCK_HZ[topology.split(":")[0]]
         computations, entry = _computations(self.text)
-        self.ops = list(_walk(computations, entry, 1))
-        # Results inside fusions live in registers, not in memory: the walk leaves them out.
-        self.buffers = sorted({(_bytes(*s), *s) for op in self.ops for s in op.shapes})
+        ops = list(_walk(computations, entry, 1))
+        self.ops = [op for op in ops if not op.fused]
+        # The start, the work beside it and the end of an asynchronous collective are fusions of
+        # their own that all name it; the channel tells that it is one.
+        channels = {}
+        for op in ops:
+            if collective := _collective(op):
+                channel = re.search(r"channel_id=(\d+)", op.text)
+                channels.setdefault(channel[1] if channel else op.text, collective)
+        self._collectives = list(channels.values())
 
     @property
     def peak_gib(self) -> float:
@@ -120,7 +120,7 @@ class Program:
     @property
     def milliseconds(self) -> float:
         """Estimated time of a step without kernels and transfers."""
-        return 1e3 * sum(op.cycles * op.times for op in self.ops) / self.clock_hz
+        return 1e3 * sum(op.cycles * op.times for op in self.ops) / self._clock_hz
 
     def kernels(self) -> list[Op]:
         """Mosaic kernels, such as splash attention."""
@@ -128,15 +128,41 @@ class Program:
 
     def collectives(self, kind: str = "") -> list[Collective]:
         """Everything that devices send each other, or one kind of it."""
-        return [c for c in self._collectives.values() if c.kind.startswith(kind)]
+        return [c for c in self._collectives if c.kind.startswith(kind)]
 
-    # An asynchronous start returns (operands, results, …); the larger is the full size.
-    sizes = [_bytes(*s) for s in op.shapes]
+    def buffers(self, dtype: str) -> set[tuple[int, ...]]:
+        """Dimensions of all results of one dtype that lie in memory."""
+        return {dims for op in self.ops for found, dims in op.shapes if found == dtype}
+
+
+def bytes_of(dtype: str, dims: tuple[int, ...]) -> int:
+    """Bytes of an array, without the padding of its layout."""
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+    return math.prod(dims) * bits // 8
+
+
+def _collective(op: Op) -> Collective | None:
+    kind = next((k for k in _COLLECTIVES if op.kind in (k, f"{k}-start")), None)
+    if kind is None:
+        return None
+    sizes = [bytes_of(*shape) for shape in op.shapes]
+    devices = _group_size(op.text)
+    # An asynchronous start returns operand and result; the larger is the full size.
     size = max(sizes) if op.kind.endswith("-start") else sum(sizes)
-    groups = re.search(r"replica_groups=\[(\d+),(\d+)\]|replica_groups=\{\{([\d,]*)\}", op.text)
-    if kind == "reduce-scatter" and groups:
-        size *= int(groups[2]) if groups[2] else groups[3].count(",") + 1
-    return Collective(kind, op.shapes[0][0], size, op.times, op.source)
+    if kind == "reduce-scatter":
+        size *= devices
+    return Collective(kind, size, op.times, devices, op.shapes, op.source)
+
+
+def _group_size(text: str) -> int:
+    """Devices in one group of a collective; groups are listed, or named by the axes of a mesh."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(counted[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    return listed[1].count(",") + 1 if listed else 1
 
 
 def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None) -> Program:
@@ -177,37 +203,38 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Op]:
+def _walk(
+    computations: dict[str, list[str]], name: str, times: int, fused: bool = False
+) -> Iterator[Op]:
     for line in computations[name]:
-        op = _parse(line, times)
+        op = _parse(line, times, fused)
+        yield op
         if op.kind == "while":
-            condition, body = (re.search(rf"{k}=%([\w.\-]+)", line)[1] for k in ("condition", "body"))
-            yield from _walk(computations, body, times * _trips(computations[condition]))
-        elif op.kind in ("call", "conditional", "async-start"):
-            for called in re.findall(r"(?:to_apply|computation|calls)=%([\w.\-]+)", line):
-                yield from _walk(computations, called, times)
+            condition, body = (re.search(rf"{part}=%([\w.\-]+)", line)[1] for part in _LOOP)
+            yield from _walk(computations, body, times * _trips(computations[condition]), fused)
         else:
-            yield op
+            inside = fused or op.kind == "fusion"
+            for called in re.findall(r"\b(?:calls|called_computations=\{)=?%([\w.\-]+)", line):
+                yield from _walk(computations, called, times, inside)
 
 
-def _parse(line: str, times: int) -> Op:
-    name, right = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line).groups()
+def _parse(line: str, times: int, fused: bool) -> Op:
+    right = line.split(" = ", 1)[1]
     kind = re.search(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(", right)
-    results = right[: kind.start()]
     shapes = tuple(
         (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", results)
+        for dtype, dims in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", right[: kind.start()])
     )
     cycles = re.search(r'"estimated_cycles":"(\d+)"', right)
     source = re.search(r'op_name="([^"]*)"', right)
     return Op(
-        name, kind[1], times, shapes, int(cycles[1]) if cycles else 0,
-        source[1] if source else "", line,
+        kind[1], times, shapes, int(cycles[1]) if cycles else 0, source[1] if source else "",
+        fused, line,
     )  # fmt: skip
 
 
 def _trips(condition: list[str]) -> int:
-    """Iterations of a loop whose condition is `counter < constant`, from 0 by 1."""
+    """Iterations of a loop that counts from 0 by 1 while `counter < constant`."""
     bounds = [int(n) for line in condition for n in re.findall(r" constant\((\d+)\)", line)]
     assert len(bounds) == 1, f"a loop of unknown length: {condition}"
     return bounds[0]

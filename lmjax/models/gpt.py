@@ -136,7 +136,8 @@ class GPT(nn.Module):
             self.one_table
         ):  # GPT-1 drops entries of the table, so a dropped one leaves the readout too
             table_VD = drop(table_VD)
-            place_BLD = embed(table_VD, self.vocab + positions_BL, dtype)
+            rows_BL = jnp.broadcast_to(self.vocab + positions_BL, tokens_BL.shape)
+            place_BLD = embed(table_VD, rows_BL, dtype)
             hidden_BLD = embed(table_VD, tokens_BL, dtype) + place_BLD
         else:
             shape, std = (self.context, self.width), nn.initializers.normal(self.position_std)

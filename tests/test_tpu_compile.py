@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the real TPU compiler makes of the train step: memory, kernels and collectives.
+
+One tiny program is compiled every time; those of the recipes take a minute or two each.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import pytest
+import tpu_compiler
+from tpu_compiler import Program, bytes_of, compile_step
+
+from lmjax import recipe
+from lmjax.examples.windows import Windows
+from lmjax.losses import _CHUNK_BYTES
+from lmjax.models.gpt import GPT
+from lmjax.run import Run, replace
+from lmjax.sharding import Layout
+
+pytestmark = pytest.mark.skipif(not tpu_compiler.installed(), reason=tpu_compiler.MISSING)
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+ROWS = 8  # windows of 1,024 tokens a chip
+BF16_GATHERED_TWICE = 2 * 2 * 124_439_808  # bytes: forward and backward
+
+
+@functools.cache
+def small(topology: str, layout: Layout, experiment: str = "gpt2_small") -> Program:
+    """The recipe's step with `ROWS` windows a chip, as it stands but for the batch."""
+    run = recipe.load(str(EXPERIMENTS / f"{experiment}.py"))
+    rows = ROWS * len(tpu_compiler.devices(topology)) // layout.tensor
+    return compile_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology)
+
+
+def tiny(**changes) -> Run:
+    run = recipe.load(str(EXPERIMENTS / "gpt2_small.py"), tiny=True)
+    model = GPT(vocab=500, context=256, depth=3, width=128, heads=4, remat="full")
+    data = replace(run.data, examples=Windows(length=256))
+    return replace(run, model=model, data=data, batch=8, accumulate=1, **changes)
+
+
+@functools.cache
+def tiny_program() -> Program:
+    return compile_step(tiny(mesh=Layout(1, 2, 2)), "v5e:2x2")
+
+
+def state_bytes(run: Run) -> int:
+    """Parameters and two moments in float32, padded rows included, and two counters."""
+    return 4 * (3 * (run.parameters() + run.model.padding) + 2)
+
+
+def assert_donated(program: Program, batch_bytes: int) -> None:
+    m = program.memory
+    assert m.alias_size_in_bytes > 0
+    # What is not aliased is the batch, up to the padding of its tiles.
+    assert 0 <= m.argument_size_in_bytes - m.alias_size_in_bytes <= batch_bytes
+
+
+# --- every time -----------------------------------------------------------------------------------
+
+
+def test_the_step_runs_splash_kernels_in_every_layer():
+    names = [op.text.split()[0].lstrip("%") for op in tiny_program().kernels()]
+    assert any(name.startswith("splash_mha_fwd") for name in names), names
+    assert any(name.startswith("splash_mha_dkv") for name in names), names
+    assert {op.times for op in tiny_program().kernels()} == {3}
+
+
+def test_a_sharded_step_gathers_weights_and_permutes_nothing():
+    program = tiny_program()
+    assert program.collectives("collective-permute") == []
+    gathered = [c for c in program.collectives("all-gather") if c.devices == 2]
+    kernels = {(1, 128, 256), (1, 256, 128)}  # the MLP's, half of it on each tensor shard
+    for shape in kernels:
+        dtypes = {c.shapes[0][0] for c in gathered if c.shapes[0][1] == shape}
+        assert dtypes == {"bf16"}, (shape, [c.shapes for c in gathered])
+
+
+def test_the_state_is_donated():
+    assert_donated(tiny_program(), batch_bytes=5 * 8 * 256 * 4)
+
+
+def test_loops_count_in_every_figure():
+    """The collectives of the layers' loop count once a layer."""
+    collectives = tiny_program().collectives()
+    in_loop = [c for c in collectives if "jvp(GPT))/while/body" in c.source]
+    assert in_loop and {c.times for c in in_loop} == {3}
+
+
+@pytest.mark.parametrize("layout", [(16, 1, 1), (8, 1, 2), (2, 8, 1), (1, 8, 2), (4, 2, 2)])
+def test_a_mesh_axis_may_be_part_of_a_torus_axis(layout: tuple[int, int, int]):
+    devices = tpu_compiler.devices("v5e:4x4")
+    mesh = Layout(*layout).mesh(devices)
+    assert mesh.devices.shape == layout and set(mesh.devices.flat) == set(devices)
+
+
+# --- GPT-2 small ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_gpt2_small_fits_one_v5e_with_room():
+    run = recipe.load(str(EXPERIMENTS / "gpt2_small.py"))
+    program = small("v5e:1x1", Layout())
+    assert program.peak_gib <= 3.8
+    assert program.memory.peak_memory_in_bytes <= 3.8 * 2**30
+    assert program.memory.alias_size_in_bytes >= state_bytes(run)
+    assert_donated(program, batch_bytes=5 * ROWS * 1024 * 4)
+
+
+@pytest.mark.slow
+def test_gpt2_small_never_holds_all_scores():
+    scores = {
+        dims
+        for dtype in ("f32", "bf16")
+        for dims in small("v5e:1x1", Layout()).buffers(dtype)
+        if 50_304 in dims and dims != (50_304, 768)
+    }
+    assert scores
+    assert max(bytes_of("f32", dims) for dims in scores) <= _CHUNK_BYTES["tpu"]
+    assert _CHUNK_BYTES["tpu"] < ROWS * 1024 * 50_304 * 4
+
+
+@pytest.mark.slow
+def test_wide_heads_need_less_memory_and_time():
+    wide = small("v5e:1x1", Layout(), "gpt2_small_hd128")
+    usual = small("v5e:1x1", Layout())
+    assert wide.peak_gib <= min(3.8, usual.peak_gib)
+    assert wide.milliseconds < 0.85 * usual.milliseconds
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_each_weight_twice_in_bfloat16_and_permutes_nothing():
+    program = small("v5e:4x4", Layout(1, 16, 1))
+    assert program.collectives("collective-permute") == []
+    gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
+    assert 0.9 * BF16_GATHERED_TWICE <= gathered <= 1.1 * BF16_GATHERED_TWICE
+    assert_donated(program, batch_bytes=5 * ROWS * 1024 * 4)
+
+
+@pytest.mark.slow
+def test_fsdp_costs_no_more_compute_than_one_chip():
+    sharded = small("v5e:4x4", Layout(1, 16, 1))
+    assert sharded.milliseconds <= small("v5e:1x1", Layout()).milliseconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(16, 1, 1), Layout(4, 2, 2)])
+def test_other_meshes_sum_gradients_and_permute_nothing(layout: Layout):
+    program = small("v5e:4x4", layout)
+    assert program.collectives("collective-permute") == []
+    assert program.peak_gib <= 3.8
+    gathers = sum(c.bytes * c.times for c in program.collectives("all-gather"))
+    assert gathers <= 1.1 * BF16_GATHERED_TWICE * (layout.fsdp > 1)
