@@ -35,8 +35,8 @@ def lmjax_side(size: dict[str, int]):
     from lmjax.optim import AdamW
     from lmjax.step import create_state, make_train_step
 
-    fields = {k: v for k, v in size.items() if k != "batch"}
-    model, optim = GPT(**fields), AdamW(peak=1e-3, warmup=10)
+    model = GPT(size["vocab"], size["context"], size["depth"], size["width"], size["heads"])
+    optim = AdamW(peak=1e-3, warmup=10)
     schedule = optim.schedule(1000, lambda step: step)
     transform = optim.transform(schedule)
     draw = np.random.default_rng(0).integers(0, size["vocab"], (size["batch"], size["context"] + 1))
@@ -62,7 +62,7 @@ def lmjax_side(size: dict[str, int]):
 
 def torch_side(size: dict[str, int], compiled: bool):
     """A function that runs n training steps of PyTorch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import torch_gpt
 
     torch.set_num_threads(THREADS)

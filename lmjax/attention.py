@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lmjax import sharding
@@ -54,11 +55,15 @@ def attention(
         kernel = "xla" if refusals.get(best) else best  # type: ignore[assignment]
     elif refusals.get(kernel):
         raise ValueError(f"attention kernel {kernel}: {refusals[kernel]}; allowed: auto, xla")
-    if kernel == "splash":
+    if kernel == "splash":  # names what it saves itself: naming it here would save it twice
         return _splash(query_BHLK, key_BHSK, value_BHSK, causal, segments_BL)
     if kernel == "cudnn":
-        return _cudnn(query_BHLK, key_BHSK, value_BHSK, causal)
-    return _xla(query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key)
+        mixed_BHLK = _cudnn(query_BHLK, key_BHSK, value_BHSK, causal)
+    else:
+        mixed_BHLK = _xla(
+            query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key
+        )
+    return checkpoint_name(mixed_BHLK, "attention")
 
 
 def _mask(

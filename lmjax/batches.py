@@ -90,8 +90,8 @@ class _Steps:
     def __len__(self) -> int:
         return self._stop
 
-    def __getitem__(self, step: int) -> Arrays:
-        first, size = self._plan.examples(int(step))
+    def __getitem__(self, index: int) -> Arrays:
+        first, size = self._plan.examples(int(index))
         lo, hi = self._share[0] * size // self._share[2], self._share[1] * size // self._share[2]
         return self._make(np.arange(first + lo, first + hi))
 
@@ -127,7 +127,7 @@ def my_share() -> tuple[int, int, int]:
     """This process's rows of a batch as (a, b, n): part [a/n, b/n), by where its devices lie."""
     rows = sharding.axis_size(*sharding.BATCH_AXES)
     placed = sharding.batch_sharding().addressable_devices_indices_map((rows,))
-    mine = [index[0].indices(rows)[:2] for index in placed.values()]
+    mine = [index[0].indices(rows)[:2] for index in placed.values() if index]
     return min(lo for lo, _ in mine), max(hi for _, hi in mine), rows
 
 
@@ -137,7 +137,7 @@ def place(batch: Arrays, size: int, share: tuple[int, int, int]) -> dict[str, ja
     placed = sharding.batch_sharding()
 
     def globally(rows: np.ndarray) -> jax.Array:
-        def local(index: tuple[slice, ...]) -> np.ndarray:
+        def local(index: Any) -> np.ndarray:
             lo, hi, _ = index[0].indices(size)
             return rows[lo - first : hi - first]
 

@@ -28,8 +28,8 @@ class Checkpoints:
         _quiet()
         self._recipe, self._say = recipe, say
         self._manager = ocp.training.Checkpointer(
-            folder(workdir),
-            preservation_policy=_policies.LatestN(keep),
+            str(folder(workdir)),
+            preservation_policy=_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=jax.process_index() == 0,
         )
         self._pending: tuple[int, Any] | None = None
@@ -47,7 +47,7 @@ class Checkpoints:
         """
         step = self.latest()
         assert step is not None, "restore is called where a step exists"
-        metadata = self._manager.metadata(step).custom_metadata
+        metadata: Any = self._manager.metadata(step).custom_metadata
         check_shapes((metadata or {}).get("arrays"), _arrays(target), f"checkpoint {step}")
         return self._manager.load(step, target)
 
@@ -101,8 +101,8 @@ def load_params(workdir: Path, target: Any) -> tuple[int, Any]:
     step = newest_step(workdir)
     if step is None:
         raise ValueError(f"{workdir} holds no checkpoint yet; train first")
-    path = folder(workdir) / str(step)
-    metadata = ocp.metadata(path).custom_metadata or {}
+    path = str(folder(workdir) / str(step))
+    metadata: Any = ocp.metadata(path).custom_metadata or {}
     stored = {k: v for k, v in (metadata.get("arrays") or {}).items() if k.startswith("params/")}
     check_shapes(stored, _arrays({"params": target}), f"checkpoint {path}")
     context = ocp.Context()

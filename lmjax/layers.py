@@ -40,7 +40,7 @@ class Readout:
         scores = jnp.einsum(
             "...D,VD->...V", hidden_BLD, table_VD, preferred_element_type=jnp.float32
         )
-        return scores if self.bias_V is None else scores + self.bias_V[: self.rows]
+        return scores if self.bias_V is None else scores + self.bias_V[None, None, : self.rows]
 
 
 @flax.struct.dataclass
@@ -76,7 +76,7 @@ def padded_normal(std: float, rows: int) -> nn.initializers.Initializer:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
+def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> Any:
     """Rows of a table at rest, in `dtype` (B, L, D); the table's gradient is summed in float32."""
     return sharding.for_compute({"embedding": table_VD}, dtype)["embedding"][tokens_BL]
 
@@ -147,6 +147,7 @@ class SelfAttention(nn.Module):
         )(hidden_BLD)
         query, key, value = checkpoint_name(jnp.moveaxis(qkv, (2, 3), (0, 2)), "qkv")
         if cache is not None:
+            assert offset is not None, "a cache comes with the place of its next key"
             at = (0, 0, offset, 0)
             key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), at)
             value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), at)
@@ -162,7 +163,6 @@ class SelfAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if train and self.dropout else None,
             kernel=self.kernel,
         )
-        mixed_BHLK = checkpoint_name(mixed_BHLK, "attention")
         out = nn.Einsum(
             (self.heads, width // self.heads, width),
             "BLHK,HKD->BLD",

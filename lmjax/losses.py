@@ -82,13 +82,16 @@ def _forward(hidden_BLD, table_VD, bias_V, targets, rows, chunks):
 
 def _backward(rows, chunks, saved, cotangents):
     scale, _ = cotangents  # hits are counted, not differentiated
-    hidden_BLD, table_VD, bias_V = saved
-    return (
-        (hidden_BLD * scale.astype(hidden_BLD.dtype)),
-        table_VD * scale,
-        bias_V * scale,
-        None,
-    )
+    hidden_BLD, shards_VD, bias_V = saved
+    spec = sharding.spec("embedding", shards_VD.shape[1:])
+
+    # Each device of the data axis has its own table gradient until here: summed beside that of
+    # the embedding, the compiler sends both as one.
+    def add_up(shard_VD, scale):
+        return sharding.sum_over(shard_VD[0] * scale, sharding.DATA)
+
+    table_VD = sharding.map_shards(add_up, (P(sharding.DATA, *spec), P()), spec)(shards_VD, scale)
+    return hidden_BLD * scale.astype(hidden_BLD.dtype), table_VD, bias_V * scale, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -98,7 +101,7 @@ def _in_shards(hidden_BLD, table_VD, bias_V, targets, rows, chunks, gradients: b
     """Runs `_local` on every device's rows and part of the table, and adds up."""
     rows_spec, table_spec = P(sharding.BATCH_AXES), sharding.spec("embedding", table_VD.shape)
     vocab_spec = P(table_spec[0])
-    grad_specs = (rows_spec, table_spec, vocab_spec) if gradients else None
+    grad_specs = (rows_spec, P(sharding.DATA, *table_spec), vocab_spec) if gradients else None
     local = partial(_local, rows=rows, chunks=chunks, gradients=gradients)
     return sharding.map_shards(
         local,
@@ -120,6 +123,7 @@ def _local(hidden_BLD, table_VD, bias_V, targets, *, rows: int, chunks: int, gra
     else:
         split = partial(_split, chunks=chunks)
         inputs = (split(hidden_BLD), *map(split, targets))
+        hidden_grad: Any
         totals, hidden_grad = jax.lax.scan(chunked, _totals(vocab, width, gradients), inputs)
     sums = sharding.sum_over((totals.nll, totals.hits), *sharding.BATCH_AXES)
     if not gradients:
@@ -127,9 +131,8 @@ def _local(hidden_BLD, table_VD, bias_V, targets, *, rows: int, chunks: int, gra
     if chunks > 1:
         hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden_BLD.shape)
     table_grad = sharding.scatter_over(totals.table_VD, sharding.FSDP, dim=1)
-    table_grad = sharding.sum_over(table_grad, sharding.DATA)
     bias_grad = sharding.sum_over(totals.bias_V, *sharding.BATCH_AXES)
-    return sums, (hidden_grad, table_grad, bias_grad)
+    return sums, (hidden_grad, table_grad[None], bias_grad)
 
 
 class _Totals(NamedTuple):
@@ -159,7 +162,7 @@ def _chunk(totals: _Totals, inputs, *, table_VD, bias_V, row_V, gradients: bool)
     target_N, weight_N = targets_BL.reshape(-1), weights_BL.reshape(-1)
 
     scores_NV = jnp.einsum("ND,VD->NV", hidden_ND, table_VD, preferred_element_type=jnp.float32)
-    scores_NV = scores_NV + bias_V
+    scores_NV = scores_NV + bias_V[None, :]
     top_N = sharding.max_over(scores_NV.max(-1), sharding.TENSOR)
     exp_NV = jnp.exp(scores_NV - top_N[:, None])
     norm_N = sharding.sum_over(exp_NV.sum(-1), sharding.TENSOR)

@@ -12,7 +12,7 @@ import optax
 
 from lmjax.sharding import path_of
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], jax.Array]
 
 
 @dataclass(frozen=True)

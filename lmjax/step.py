@@ -89,13 +89,13 @@ def make_train_step(
     """
 
     def sums(params: Any, batch: Batch, key: jax.Array) -> Sums:
-        outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        outputs: Any = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
         return loss(outputs, batch)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         means, gradients = _gradients(sums, state.params, batch, key, accumulate)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {**means, "gradient_norm": norm, "learning_rate": schedule(state.step)}
@@ -145,6 +145,7 @@ def make_eval_step(model: nn.Module, loss: Loss) -> Callable[[Any, Batch], Sums]
     """`eval_step(params, batch) → {name: (sum, weight)}`."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return loss(model.apply({"params": params}, batch), batch)
+        outputs: Any = model.apply({"params": params}, batch)
+        return loss(outputs, batch)
 
     return eval_step

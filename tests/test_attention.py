@@ -104,9 +104,7 @@ def test_gradients_equal_those_of_the_whole_square(length: int):
         return jnp.sum(jax.nn.softmax(scores) @ value * direction)
 
     def ours(query, key, value):
-        return jnp.sum(
-            attention(query, key, value, causal=True, segments_BL=segments) * direction
-        )
+        return jnp.sum(attention(query, key, value, causal=True, segments_BL=segments) * direction)
 
     expected = jax.jit(jax.grad(square, argnums=(0, 1, 2)))(query, key, value)
     got = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(query, key, value)
@@ -156,9 +154,7 @@ def test_the_softmax_is_float32_under_bfloat16():
     query, key, value = (x.astype(jnp.bfloat16) for x in qkv(100))
     got = attention(query, key, value, causal=True)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        got.astype(jnp.float32), plain(query, key, value, True), atol=0.03
-    )
+    np.testing.assert_allclose(got.astype(jnp.float32), plain(query, key, value, True), atol=0.03)
     traced = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, causal=True))(query, key, value)
     exps = [eqn for eqn in _equations(traced.jaxpr) if eqn.primitive.name == "exp"]
     assert exps and all(eqn.invars[0].aval.dtype == jnp.float32 for eqn in exps)

@@ -132,7 +132,9 @@ def test_shares_of_processes_make_up_the_batch(processes: int):
         list(host_batches(make_examples(), RAMPED, 0, STEPS, share=(p, p + 1, processes)))
         for p in range(processes)
     ]
-    for parts, whole in zip(zip(*shares, strict=True), reference(RAMPED, range(STEPS)), strict=True):
+    for parts, whole in zip(
+        zip(*shares, strict=True), reference(RAMPED, range(STEPS)), strict=True
+    ):
         assert all(len(p["tokens_BL"]) * processes == len(whole["tokens_BL"]) for p in parts)
         joined = {key: np.concatenate([part[key] for part in parts]) for key in whole}
         assert same(joined, whole)

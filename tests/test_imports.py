@@ -31,6 +31,7 @@ FLOORS = (
     "optim",
     "step",
     "run",
+    "workdir",
     "checkpoint",
     "metrics progress charts report_page",
     "report",

@@ -152,7 +152,9 @@ def test_bfloat16_states_give_a_float32_loss_and_a_float32_table_gradient():
     sums, gradients = ours(low, table, bias, targets, weights, 1)
     assert sums[0].dtype == np.float32 and gradients[1].dtype == np.float32
     assert gradients[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(sums[0], plain(hidden, table, bias, targets, weights)[0][0], rtol=0.01)
+    np.testing.assert_allclose(
+        sums[0], plain(hidden, table, bias, targets, weights)[0][0], rtol=0.01
+    )
 
 
 def test_next_token_gives_sums_and_weights_never_means():

@@ -151,7 +151,10 @@ def test_updates_equal_adamw_by_hand(clip: float | None):
     first = {n: 0.0 for n in names}
     second = {n: 0.0 for n in names}
     for step in range(5):
-        gradients = {"a": {"kernel": random.normal(size=(3, 4))}, "b": {"bias": random.normal(size=4)}}
+        gradients = {
+            "a": {"kernel": random.normal(size=(3, 4))},
+            "b": {"bias": random.normal(size=4)},
+        }
         low = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients)
         updates, state = transform.update(low, state, theirs)
         theirs = optax.apply_updates(theirs, updates)

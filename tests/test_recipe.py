@@ -199,7 +199,11 @@ def test_a_recorded_recipe_comes_back_from_the_file_s_own():
     changed = recipe.override(
         RUN,
         [("model.depth", "5"), ("optim.clip", "none"), ("steps", "77"), ("mesh.fsdp", "4")]
-        + [("data.tokenizer.vocab", "300"), ("optim.decay", "linear"), ("data.examples.length", "8")],
+        + [
+            ("data.tokenizer.vocab", "300"),
+            ("optim.decay", "linear"),
+            ("data.examples.length", "8"),
+        ],
     )
     recorded = json.loads(recipe.dump(recipe.to_json(changed)))
     assert recipe.from_json(RUN, recorded) == changed

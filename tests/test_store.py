@@ -169,12 +169,6 @@ def test_nothing_is_built_over_something(built: Store, tokenizer: Tokenizer):
     assert contents(built.directory) == before
 
 
-def test_an_empty_training_split_is_an_error_with_numbers(tmp_path: Path, tokenizer: Tokenizer):
-    with pytest.raises(ValueError, match="no document is left to train on .*test 60"):
-        build_store(tmp_path / "s", DOCUMENTS, tokenizer, {}, lambda d: "test")
-    assert [p.name for p in tmp_path.iterdir()] == [".s.lock"]
-
-
 def test_progress_counts_bytes(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
     monkeypatch.setattr(module, "BATCH_BYTES", 100)
     seen: list[tuple[int, int | None]] = []

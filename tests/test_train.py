@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs: resumed after any stop, refused under another recipe, never waiting for the device."""
+"""Whole runs: resumed after any stop, refused under another recipe, never waiting."""
 
 import json
 import random

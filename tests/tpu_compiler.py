@@ -6,6 +6,7 @@ the operations and collectives of the program. Its cycle estimates rank variants
 they leave out kernels (Mosaic) and the time on the wires, and are no measured speed.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -47,9 +48,7 @@ def devices(topology: str) -> list[Any]:
     """The devices of a topology such as "v5e:4x4", good for compiling only."""
     shape = [int(n) for n in topology.split(":")[1].split("x")]
     bounds = {} if math.prod(shape) > 1 else {"chips_per_host_bounds": [1, 1, 1]}
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **bounds
-    )
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds)
     return list(described.devices)
 
 
@@ -101,14 +100,14 @@ class Program:
         computations, entry = _computations(self.text)
         ops = list(_walk(computations, entry, 1))
         self.ops = [op for op in ops if not op.fused]
-        # The start, the work beside it and the end of an asynchronous collective are fusions of
-        # their own that all name it; the channel tells that it is one.
-        channels = {}
+        # The start of an asynchronous collective, the work beside it and its end are fusions that
+        # all name it, under one chain.
+        chains: dict[str, Collective] = {}
         for op in ops:
             if collective := _collective(op):
-                channel = re.search(r"channel_id=(\d+)", op.text)
-                channels.setdefault(channel[1] if channel else op.text, collective)
-        self._collectives = list(channels.values())
+                chain = re.search(r'chain_id="(\d+)"', op.text) if op.fused else None
+                chains.setdefault(chain[0] if chain else op.text, collective)
+        self._collectives = list(chains.values())
 
     @property
     def peak_gib(self) -> float:
@@ -156,7 +155,7 @@ def _collective(op: Op) -> Collective | None:
 
 def _group_size(text: str) -> int:
     """Devices in one group of a collective; groups are listed, or named by the axes of a mesh."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
@@ -175,8 +174,20 @@ def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None)
         )
         rest = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=rest)
-        compiled = jitted.lower(state, _batch(run)).compile(compiler_options=options)
+        with _no_cache():
+            compiled = jitted.lower(state, _batch(run)).compile(compiler_options=options)
     return Program(compiled, topology)
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Without JAX's compilation cache, whose programs need a device to be read back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:

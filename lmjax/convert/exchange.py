@@ -36,7 +36,7 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     run = _fitted(run, model, source, info)
     workdir.mkdir(parents=True, exist_ok=True)
     with sharding.use(run.mesh.mesh()), contextlib.closing(RunLock(workdir)):
-        if run.data.tokenizer.path:
+        if getattr(run.data.tokenizer, "path", ""):
             run.data.tokenizer.build(iter(()), workdir / "tokenizer")
         record(run, workdir, about)
         checkpoints = Checkpoints(workdir, recipe.to_json(run), run.keep, print)

@@ -49,12 +49,11 @@ class Block(nn.Module):
         norm = partial(nn.LayerNorm, epsilon=1e-5, dtype=dtype, use_fast_variance=False)
         norm_1, norm_2 = norm(name="norm_1"), norm(name="norm_2")
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        stds = {"init_std": 0.02, "out_std": self.out_std}
         attend = SelfAttention(
-            self.heads, True, dropout=self.attention_dropout, kernel=self.kernel,
-            name="attention", **stds,
+            self.heads, True, 0.02, self.out_std, self.attention_dropout, self.kernel,
+            name="attention",
         )  # fmt: skip
-        mlp = MLP(4 * width, "gelu_tanh", name="mlp", **stds)
+        mlp = MLP(4 * width, "gelu_tanh", 0.02, self.out_std, name="mlp")
 
         first_BLD = norm_1(hidden_BLD) if self.norm == "pre" else hidden_BLD
         mixed_BLD, cache = attend(first_BLD, cache, train=train, **places)
@@ -132,9 +131,9 @@ class GPT(nn.Module):
         else:
             positions_BL, places["segments_BL"] = batch["positions_BL"], batch["segments_BL"]
 
-        if (
-            self.one_table
-        ):  # GPT-1 drops entries of the table, so a dropped one leaves the readout too
+        place_BLD: Any
+        if self.one_table:
+            # GPT-1 drops entries of the table, so a dropped one leaves the readout too.
             table_VD = drop(table_VD)
             rows_BL = jnp.broadcast_to(self.vocab + positions_BL, tokens_BL.shape)
             place_BLD = embed(table_VD, rows_BL, dtype)
@@ -161,7 +160,7 @@ class GPT(nn.Module):
             final = nn.LayerNorm(1e-5, dtype=dtype, use_fast_variance=False, name="final_norm")
             hidden_BLD = final(hidden_BLD)
         if cache is not None:
-            cache = {"offset": offset + tokens_BL.shape[1], "layers": layers}
+            cache = {"offset": cache["offset"] + tokens_BL.shape[1], "layers": layers}
         return Outputs(hidden_BLD, Readout(table_VD, rows=rows), states_NBLD, cache)
 
     def empty_cache(self, rows: int, length: int) -> Any:
