@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -143,17 +143,19 @@ def fill_store(
     dtype = "<u2" if tokenizer.vocab <= 1 << 16 else "<u4"
     writers: dict[str, _SplitWriter] = {}
     done = 0
-    for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            name = split(document)
-            if name not in writers:
-                writers[name] = _SplitWriter(folder, name, dtype, tokenizer)
-            writers[name].add(document, ids)
-            done += len(document.text)
-        if progress:
-            progress(done, total_bytes)
-    splits = {name: writers[name].finish() for name in sorted(writers)}
+    with ExitStack() as opened:
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                name = split(document)
+                if name not in writers:
+                    writers[name] = _SplitWriter(folder, name, dtype, tokenizer)
+                    opened.callback(writers[name].close)
+                writers[name].add(document, ids)
+                done += len(document.text)
+            if progress:
+                progress(done, total_bytes)
+        splits = {name: writers[name].finish() for name in sorted(writers)}
     lines = report.lines() if report else []
     if not splits:
         raise ValueError("there are no documents" + "".join(f"; {line}" for line in lines))
@@ -249,8 +251,11 @@ class _HashedFile:
     def finish(self) -> dict[str, Any]:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
         return {"name": self.name, "bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _SplitWriter:
@@ -283,6 +288,10 @@ class _SplitWriter:
     def finish(self) -> dict[str, Any]:
         files = {column: file.finish() for column, file in self._files.items()}
         return {**self._facts, "files": files}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -73,7 +73,7 @@ def test_killed_run_ends_bit_equal_to_an_unbroken_one(seed, text, unbroken, tmp_
                 time.sleep(draw.uniform(0, 0.1))
                 break
         process.kill()
-        process.wait()
+        process.communicate()
     out, _ = lmjax(*tiny(tmp_path, text, *STEPS))
     assert re.search(r"resumed at step \d+", out)
     same_run(unbroken, tmp_path)
@@ -121,7 +121,7 @@ def test_second_writer_is_refused(text, unbroken, tmp_path):
             break
     _, errors = lmjax(*tiny(tmp_path, text, "--steps=2000"), code=2)
     process.kill()
-    process.wait()
+    process.communicate()
     assert "is being written by another process (pid" in errors
 
 

@@ -27,6 +27,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from lmjax import sharding  # noqa: E402
 from lmjax.run import Run  # noqa: E402
@@ -182,12 +183,14 @@ def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None)
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Without JAX's compilation cache, whose programs need a device to be read back."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
