@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax import batches, sharding
+from lmjax import batches, cpu, sharding
 from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
 from lmjax.progress import Work
@@ -46,7 +46,8 @@ class Evaluator:
         count = self._examples.held_out_count(self.split)
         self.windows = min(windows, count) if windows else count
         self._plan = batches.Plan(run.batch, self._examples.length)
-        self._step = jax.jit(make_eval_step(run.model, run.loss))
+        step = make_eval_step(run.model, run.loss)
+        self._step = jax.jit(step, compiler_options=cpu.compiler_options())
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Mean of every loss per unit of weight, and `<name>_weight`, the units."""

@@ -4,6 +4,7 @@
 Shapes: B batch, L length, D width, H heads, K head width, F inner width, V vocabulary.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from lmjax import sharding
+from lmjax import cpu, sharding
 from lmjax.attention import Kernel, attention
 
 Batch = Mapping[str, jax.Array]
@@ -115,6 +116,29 @@ def _sum_by_token(tokens_BL: jax.Array, gradient_BLD: jax.Array, vocab: int) -> 
 embed.defvjp(_embed_forward, _embed_backward)
 
 
+class Dense(nn.Module):
+    """x W + b over the last `contract` dimensions of x, which become `features`."""
+
+    features: tuple[int, ...]
+    init_std: float
+    contract: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., *inputs) to (..., *features), in the dtype of x."""
+        rows, inputs = x.shape[: -self.contract], x.shape[-self.contract :]
+        init = nn.initializers.normal(self.init_std)
+        kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+        if cpu.alone():
+            flat = (math.prod(inputs), math.prod(self.features))
+            y = cpu.product(cpu.hold(x).reshape(-1, flat[0]), kernel.reshape(flat))
+            y = y.reshape(*rows, *self.features)
+        else:
+            y = jnp.tensordot(x, kernel, self.contract)
+        return y + jnp.expand_dims(bias, tuple(range(len(rows))))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to q, k and v."""
 
@@ -136,16 +160,11 @@ class SelfAttention(nn.Module):
         train: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Returns the mixed states (B, L, D) and the cache with this call's keys and values."""
-        width, dtype = hidden_BLD.shape[-1], hidden_BLD.dtype
-        normal = nn.initializers.normal
-        qkv = nn.Einsum(
-            (width, 3, self.heads, width // self.heads),
-            "BLD,DNHK->BLNHK",  # a plain matrix product; moving heads out is cheaper apart
-            kernel_init=normal(self.init_std),
-            dtype=dtype,
-            name="qkv",
-        )(hidden_BLD)
-        query, key, value = checkpoint_name(jnp.moveaxis(qkv, (2, 3), (0, 2)), "qkv")
+        width = hidden_BLD.shape[-1]
+        # A plain matrix product to (B, L, 3, H, K): moving the heads out is cheaper apart.
+        into = Dense((3, self.heads, width // self.heads), self.init_std, name="qkv")
+        qkv = jnp.moveaxis(into(hidden_BLD), (2, 3), (0, 2))
+        query, key, value = checkpoint_name(qkv, "qkv")
         if cache is not None:
             assert offset is not None, "a cache comes with the place of its next key"
             at = (0, 0, offset, 0)
@@ -163,13 +182,7 @@ class SelfAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if train and self.dropout else None,
             kernel=self.kernel,
         )
-        out = nn.Einsum(
-            (self.heads, width // self.heads, width),
-            "BLHK,HKD->BLD",
-            kernel_init=normal(self.out_std),
-            dtype=dtype,
-            name="out",
-        )
+        out = Dense((width,), self.out_std, contract=2, name="out")
         return out(jnp.moveaxis(mixed_BHLK, 1, 2)), cache
 
 
@@ -184,16 +197,25 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, D)."""
-        dense = partial(nn.Dense, dtype=hidden_BLD.dtype)
-        normal = nn.initializers.normal
-        up_BLF = dense(self.inner, kernel_init=normal(self.init_std), name="up")(hidden_BLD)
+        up_BLF = Dense((self.inner,), self.init_std, name="up")(hidden_BLD)
         up_BLF = ACTIVATIONS[self.activation](checkpoint_name(up_BLF, "up"))
-        width = hidden_BLD.shape[-1]
-        return dense(width, kernel_init=normal(self.out_std), name="down")(up_BLF)
+        return Dense(hidden_BLD.shape[-1:], self.out_std, name="down")(up_BLF)
 
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """x Φ(x) by the tanh formula (Hendrycks & Gimpel 2016); its backward pass keeps x alone."""
+    return nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return jax.vjp(partial(nn.gelu, approximate=True), x)[1](gradient)
+
+
+gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_backward)
 
 ACTIVATIONS = {
-    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "gelu_tanh": gelu_tanh,
     "gelu_erf": partial(nn.gelu, approximate=False),
     "relu": nn.relu,
 }
@@ -246,9 +268,7 @@ def stack_apply(
         variables = {"params": weights}
         hidden_BLD, cache = block.apply(variables, hidden_BLD, cache, rngs=rngs, **shared)
         hidden_BLD = sharding.split_batch(hidden_BLD)
-        if unroll > 1:
-            # Or XLA's CPU backend fuses the residual sums of all earlier layers into each reader.
-            hidden_BLD = jax.lax.optimization_barrier(hidden_BLD)
+        hidden_BLD = cpu.hold(hidden_BLD)
         return hidden_BLD, (hidden_BLD if states else None, cache)
 
     unroll = unroll or (1 if sharding.platform() == "tpu" else min(depth, 12))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax import sharding
+from lmjax import cpu, sharding
 from lmjax.layers import Batch, Outputs
 from lmjax.losses import Sums
 
@@ -25,6 +25,9 @@ class State:
     params: Any
     opt_state: Any
     carry: Any = None
+
+
+TrainStep = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 
 def init_params(model: nn.Module, seed: int) -> Any:
@@ -78,7 +81,7 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     seed: int,
     accumulate: int = 1,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+) -> TrainStep:
     """`train_step(state, batch) → (state, metrics)`, to be jitted with the state donated.
 
     The objective is the sum of the means of all losses; entries whose sum does not depend on the
@@ -102,6 +105,21 @@ def make_train_step(
         return State(state.step + 1, params, opt_state, state.carry), metrics
 
     return train_step
+
+
+def jit_train_step(step: TrainStep, state: State) -> TrainStep:
+    """`step` compiled for the mesh in use: the state is donated and stays where it rests.
+
+    Args:
+      state: arrays or shapes, with their shardings.
+    """
+    rest = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(rest, sharding.replicated()),
+        compiler_options=cpu.compiler_options(),
+    )
 
 
 def _gradients(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lmjax import recipe, sharding
+from lmjax import cpu, recipe, sharding
 from lmjax.batches import batches
 from lmjax.checkpoint import Checkpoints, newest_step
 from lmjax.data import Prepared
@@ -20,7 +20,7 @@ from lmjax.metrics import MetricsWriter, Throughput
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
 from lmjax.run import Run
-from lmjax.step import State, abstract_state, create_state, make_train_step
+from lmjax.step import State, abstract_state, create_state, jit_train_step, make_train_step
 from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
 
 
@@ -41,6 +41,8 @@ def train(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(workdir)
+    if sharding.platform() == "cpu":
+        cpu.keep_freed_memory()
     with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
         run.plan().check(run.accumulate)
         if newest_step(workdir) is not None:
@@ -74,13 +76,10 @@ def _loop(
     """Steps `first` … `run.steps` − 1. The host never waits for the step that it just started."""
     plan = run.plan()
     examples = partial(run.data.examples.train, prepared.store.splits["train"], run.seed)
-    step_fn = jax.jit(
-        make_train_step(
-            run.model, run.loss, run.optimiser(), run.schedule(), run.seed, run.accumulate
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated()),
+    step = make_train_step(
+        run.model, run.loss, run.optimiser(), run.schedule(), run.seed, run.accumulate
     )
+    step_fn = jit_train_step(step, state)
     score = None
     if "validation" in prepared.store.splits:
         score = Evaluator(run, prepared, "validation", run.evaluate_windows)

@@ -21,6 +21,7 @@ FLOORS = (
     "data",
     "recipe",
     "sharding",
+    "cpu",
     "attention",
     "layers",
     "models.*",

@@ -22,6 +22,7 @@ from lmjax.step import (
     abstract_state,
     create_state,
     init_params,
+    jit_train_step,
     make_eval_step,
     make_train_step,
 )
@@ -55,8 +56,7 @@ def make(examples: np.ndarray) -> dict[str, np.ndarray]:
 
 def jitted_step(state, accumulate: int = 1):
     step = make_train_step(MODEL, next_token, OPTIM.transform(SCHEDULE), SCHEDULE, SEED, accumulate)
-    places = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated()))
+    return jit_train_step(step, state)
 
 
 @cache

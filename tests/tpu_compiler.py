@@ -31,7 +31,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from lmjax import sharding  # noqa: E402
 from lmjax.run import Run  # noqa: E402
-from lmjax.step import abstract_state, make_train_step  # noqa: E402
+from lmjax.step import abstract_state, jit_train_step, make_train_step  # noqa: E402
 
 MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]'"
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -173,8 +173,7 @@ def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None)
         step = make_train_step(
             run.model, run.loss, optimiser, run.schedule(), run.seed, run.accumulate
         )
-        rest = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated())
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=rest)
+        jitted = jit_train_step(step, state)
         with _no_cache():
             compiled = jitted.lower(state, _batch(run)).compile(compiler_options=options)
     return Program(compiled, topology)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What XLA's CPU backend has to be told; benchmarks/RESULTS.md has what each of these is worth.
+
+Left alone, it fuses the sums of the residual stream into every reader, so that each layer adds up
+all earlier ones again, element by element and across the rows; and glibc gives a step's memory back
+to the kernel, which returns it as fresh pages in the next step.
+"""
+
+import ctypes
+import platform
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmjax import sharding
+
+# glibc's malloc.h: mallopt(parameter, value).
+_MALLOC = {"trim_threshold": (-1, -1), "mmap_max": (-4, 0), "arena_max": (-8, 1)}
+
+
+def alone() -> bool:
+    """Whether the program is compiled for one CPU device."""
+    return sharding.platform() == "cpu" and sharding.axis_size(*sharding.AXES) == 1
+
+
+def compiler_options() -> dict[str, str] | None:
+    """Options for `jax.jit`: optimization barriers last until after fusion; elsewhere they do."""
+    # The pass that removes barriers is the last but fusion on a CPU; its code generator needs it
+    # not.
+    barriers = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    return barriers if sharding.platform() == "cpu" else None
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed, for the next step to take; where it is not glibc, nothing.
+
+    The process then holds its peak until it ends.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        for parameter, value in _MALLOC.values():
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def hold(x: Any) -> Any:
+    """`x`, computed once and in memory, whoever reads it, on one CPU device."""
+    return jax.lax.optimization_barrier(x) if alone() else x
+
+
+@jax.custom_vjp
+def product(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    """x W, whose gradients read operands that lie in memory as the matrix product wants them."""
+    return jax.lax.optimization_barrier(x_ND @ kernel_DF)
+
+
+def _product_forward(x_ND: jax.Array, kernel_DF: jax.Array) -> Any:
+    return product(x_ND, kernel_DF), (x_ND, kernel_DF)
+
+
+def _product_backward(saved: Any, gradient_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, kernel_DF, gradient_NF = jax.lax.optimization_barrier((*saved, gradient_NF))
+    x_grad_ND = jnp.einsum("NF,DF->ND", gradient_NF, kernel_DF)
+    # The narrower operand is the one to transpose, and then the result; XLA would undo that.
+    if x_ND.shape[1] <= gradient_NF.shape[1]:
+        kernel_grad_DF = jnp.einsum("ND,NF->DF", x_ND, gradient_NF)
+    else:
+        kernel_grad_FD = jnp.einsum("NF,ND->FD", gradient_NF, x_ND)
+        kernel_grad_DF = jax.lax.optimization_barrier(kernel_grad_FD).T
+    return jax.lax.optimization_barrier(x_grad_ND), kernel_grad_DF
+
+
+product.defvjp(_product_forward, _product_backward)
