@@ -43,7 +43,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+# Where Linux shows an accelerator: TPUs, NVIDIA's GPUs (on Windows through WSL), AMD's.
+_ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
+
+
 def _quiet_libraries() -> None:
+    if sys.platform == "linux" and not any(list(Path("/dev").glob(p)) for p in _ACCELERATORS):
+        # Or the TPU compiler, where it is installed, searches the network for its chips.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 

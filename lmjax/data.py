@@ -50,7 +50,7 @@ class Data:
     store: the folder of the token store; "" is `data` in the run's own folder.
     """
 
-    corpus: Corpus = field(metadata={"parse": lambda text, current: corpus_from_string(text)})
+    corpus: Corpus = field(metadata={"parse": corpus_from_string})
     tokenizer: TokenizerSpec
     examples: Any
     validation: float = 0.05

@@ -11,7 +11,7 @@ import platform
 import stat
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -314,15 +314,18 @@ class TFDS:
         return builder
 
 
-def corpus_from_string(text: str) -> Builtin | Files | TFDS:
-    """The corpus that a command line names: "builtin", "files:GLOB" or "tfds:NAME"."""
+def corpus_from_string(text: str, current: Any = None) -> Builtin | Files | TFDS:
+    """The corpus that a command line names: "builtin", "files:GLOB" or "tfds:NAME".
+
+    What else the recipe says of a corpus of that kind, `current`, stays as it is.
+    """
     kind, _, rest = text.partition(":")
     if kind == "builtin" and not rest:
         return Builtin()
     if kind == "files" and rest:
-        return Files(rest)
+        return replace(current, glob=rest) if isinstance(current, Files) else Files(rest)
     if kind == "tfds" and rest:
-        return TFDS(rest)
+        return replace(current, name=rest) if isinstance(current, TFDS) else TFDS(rest)
     near = nearest(kind, ("builtin", "files", "tfds"))
     form = {"builtin": "builtin", "files": "files:GLOB", "tfds": "tfds:NAME"}[near or "files"]
     raise ValueError(f"corpus {text!r}: builtin, files:GLOB or tfds:NAME; did you mean {form!r}?")

@@ -142,6 +142,13 @@ def test_a_corpus_is_named_by_kind_and_place():
     assert "files:GLOB" in refusal(RUN, "data.corpus", "file:x")
 
 
+def test_naming_other_files_keeps_how_the_recipe_reads_them():
+    run = recipe.override(RUN, [("data.corpus", "files:a"), ("data.corpus.document", "file")])
+    run = recipe.override(run, [("data.corpus", "files:b")])
+    assert run.data.corpus == Files("b", document="file")
+    assert recipe.override(run, [("data.corpus", "builtin")]).data.corpus == Builtin()
+
+
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
