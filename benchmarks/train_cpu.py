@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training tokens/s on this CPU against the same model in PyTorch, interleaved in one run.
 
-    python benchmarks/train_cpu.py [--pairs=5] [--sizes=shakespeare,width384]
+    python -m benchmarks.train_cpu [--pairs=5] [--sizes=shakespeare,width384]
 
 Each side is a process of its own that waits while another is timed: lmjax's step, PyTorch eager
 and torch.compile (both with fused AdamW), float32, 2 threads. Needs `pip install torch`.
@@ -63,7 +63,8 @@ def lmjax_side(size: dict[str, int]):
 def torch_side(size: dict[str, int], compiled: bool):
     """A function that runs n training steps of PyTorch."""
     import torch  # pyright: ignore[reportMissingImports]
-    import torch_gpt
+
+    from benchmarks import torch_gpt
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -103,7 +104,8 @@ class Side:
     """A process that serves one side."""
 
     def __init__(self, side: str, size: str) -> None:
-        command = [sys.executable, __file__, f"--serve={side}", f"--sizes={size}"]
+        command = [sys.executable, "-m", "benchmarks.train_cpu"]
+        command += [f"--serve={side}", f"--sizes={size}"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

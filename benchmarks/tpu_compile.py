@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler says of GPT-2 small's step, 8 windows of 1,024 a chip; needs no TPU.
+
+    python -m benchmarks.tpu_compile
+
+Memory, aliasing and collectives are exact. Milliseconds are the compiler's own estimate without
+attention kernels and transfers: they rank variants and are no measured speed.
+"""
+
+import json
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from lmjax import recipe
+from lmjax.run import replace
+from lmjax.sharding import Layout
+from tests import tpu_compiler
+
+ROWS = 8
+CASES = [
+    ("gpt2_small", "v5e:1x1", Layout()),
+    ("gpt2_small_hd128", "v5e:1x1", Layout()),
+    ("gpt2_small", "v5e:4x4", Layout(16, 1, 1)),
+    ("gpt2_small", "v5e:4x4", Layout(1, 16, 1)),
+]
+
+
+def main() -> None:
+    """Prints one JSON object a case."""
+    for name, topology, layout in CASES:
+        run = recipe.load(f"experiments/{name}.py")
+        batch = ROWS * len(tpu_compiler.devices(topology))
+        program = tpu_compiler.compile_step(
+            replace(run, batch=batch, accumulate=1, mesh=layout), topology
+        )
+        memory = program.memory
+        gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
+        result = {
+            "experiment": name,
+            "topology": topology,
+            "mesh": [layout.data, layout.fsdp, layout.tensor],
+            "peak_gib": round(program.peak_gib, 2),
+            "arguments_mib": round(memory.argument_size_in_bytes / 2**20, 1),
+            "aliased_mib": round(memory.alias_size_in_bytes / 2**20, 1),
+            "estimated_ms": round(program.milliseconds, 1),
+            "gathered_over_bf16_parameters": round(gathered / (2 * run.parameters()), 2),
+            "collectives": {
+                kind: sum(c.times for c in program.collectives(kind))
+                for kind in sorted({c.kind for c in program.collectives()})
+            },
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
