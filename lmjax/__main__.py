@@ -2,9 +2,11 @@
 """The verbs: python -m lmjax VERB EXPERIMENT --key=value …"""
 
 import argparse
+import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,10 +34,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments, keys = _parse(argv)
         VERBS[arguments.verb].act(arguments, keys)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `describe … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("LMJAX_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -45,6 +51,13 @@ def main(argv: Sequence[str]) -> int:
 
 # Where Linux shows an accelerator: TPUs, NVIDIA's GPUs (on Windows through WSL), AMD's.
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
+
+
+def _message(error: Exception) -> str:
+    """The error in words; one of the system's by its file, without its number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def _quiet_libraries() -> None:
@@ -105,16 +118,22 @@ def _workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
 
 
+def _folder(key: str, text: str) -> Path:
+    from lmjax.data import local_folder
+
+    return local_folder(key, text)
+
+
 def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
     return recipe.override(recipe.load(arguments.experiment, arguments.tiny), keys)
 
 
 def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
     """The experiment as the run directory recorded it, then the keys that were typed."""
-    from lmjax.workdir import read_json
+    from lmjax.workdir import recorded_run
 
     run = recipe.load(arguments.experiment, arguments.tiny)
-    recorded = read_json(Path(arguments.workdir) / "recipe.json")["run"]
+    recorded = recorded_run(_folder("workdir", arguments.workdir))
     for part in ("model", "loss"):
         mine = recipe.to_json(getattr(run, part))
         kind = mine.get("class", mine.get("function"))
@@ -142,10 +161,13 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load(arguments, keys)
+    from lmjax.progress import Unbreakable
     from lmjax.train import train
 
     allow = tuple(k for k in arguments.allow.split(",") if k)
-    train(run, Path(arguments.workdir), _about(arguments), allow)
+    # A run goes on when nobody reads its output any more.
+    with contextlib.redirect_stdout(Unbreakable(sys.stdout)):
+        train(run, _folder("workdir", arguments.workdir), _about(arguments), allow)
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +181,7 @@ def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
 
     other = any(key.startswith("data.corpus") for key, _ in keys)
     corpus = run.data.corpus if other else None
-    evaluate(run, Path(arguments.workdir), arguments.split, corpus)
+    evaluate(run, _folder("workdir", arguments.workdir), arguments.split, corpus)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +199,8 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
+    if any("\ud800" <= c <= "\udfff" for c in arguments.prompt):  # how Python holds such bytes
+        raise ValueError(f"--prompt={ascii(arguments.prompt)}: not valid UTF-8")
     run = _load_recorded(arguments, keys)
     from lmjax.generate import Sampling
     from lmjax.sample import sample
@@ -189,7 +213,7 @@ def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
         seed=arguments.seed,
     )
     sample(
-        run, Path(arguments.workdir), arguments.prompt, how,
+        run, _folder("workdir", arguments.workdir), arguments.prompt, how,
         tokens=arguments.tokens, beams=arguments.beams, stop=arguments.stop,
     )  # fmt: skip
 
@@ -225,7 +249,12 @@ def _import(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load(arguments, keys)
     from lmjax.convert.exchange import import_folder
 
-    import_folder(run, Path(arguments.source), Path(arguments.workdir), _about(arguments))
+    import_folder(
+        run,
+        _folder("from", arguments.source),
+        _folder("workdir", arguments.workdir),
+        _about(arguments),
+    )
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +266,7 @@ def _export(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load_recorded(arguments, keys)
     from lmjax.convert.exchange import export_folder
 
-    export_folder(run, Path(arguments.workdir), Path(arguments.target))
+    export_folder(run, _folder("workdir", arguments.workdir), _folder("to", arguments.target))
 
 
 _EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "

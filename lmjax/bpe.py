@@ -35,7 +35,7 @@ def read_byte_bpe(folder: Path) -> Tokenizer:
     tokenizer.json. Errors: ValueError naming the file."""
     if (folder / "tokenizer.json").is_file() and not _pair(folder, _BYTE_FILES):
         return parse_tokenizer(folder / "tokenizer.json")
-    vocab, merges = _read_pair(folder, (*_BYTE_FILES,), "tokenizer.json")
+    vocab, merges = _read_pair(folder, _BYTE_FILES, "tokenizer.json")
     tokenizer = _byte_level(models.BPE(vocab, merges))
     if END_OF_TEXT in vocab:
         tokenizer.add_special_tokens([END_OF_TEXT])
@@ -69,8 +69,14 @@ def train_gpt1_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
 
 
 def read_gpt1_bpe(folder: Path) -> Tokenizer:
-    """GPT-1's published BPE: encoder_bpe_40000.json + vocab_40000.bpe, or their later names."""
-    vocab, merges = _read_pair(folder, _GPT1_FILES, "")
+    """GPT-1's published BPE: encoder_bpe_40000.json + vocab_40000.bpe, their later names, or
+    tokenizer.json. Errors: ValueError naming the file."""
+    if (folder / "tokenizer.json").is_file() and not _pair(folder, _GPT1_FILES):
+        tokenizer = parse_tokenizer(folder / "tokenizer.json")
+        if tokenizer.token_to_id(UNKNOWN) is None:
+            raise ValueError(f"{folder / 'tokenizer.json'}: has no {UNKNOWN}; is it GPT-1's?")
+        return tokenizer
+    vocab, merges = _read_pair(folder, _GPT1_FILES, "tokenizer.json")
     if UNKNOWN not in vocab:
         raise ValueError(f"{folder}: the vocabulary has no {UNKNOWN}; is it GPT-1's?")
     model = models.BPE(vocab, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
@@ -96,6 +102,24 @@ def parse_tokenizer(path: Path) -> Tokenizer:
     if not isinstance(tokenizer.model, models.BPE):
         raise ValueError(f"{path}: holds a {type(tokenizer.model).__name__}, not a BPE")
     return tokenizer
+
+
+def is_lossless(tokenizer: Tokenizer) -> bool:
+    """Whether every text comes back, which one with every byte of UTF-8 shows; a second one begins
+    with a blank, because some encoders put a blank before what has none.
+
+    Raises:
+      ValueError: there is text that it cannot even encode.
+    """
+    encoder, _ = without_controls(tokenizer)
+    points = [*range(0x800), *range(0x800, 0xD800, 0x1000), *range(0xE000, 0x110000, 0x1000)]
+    text = "a  b " + "".join(map(chr, points)) + "\n"
+    texts = (text, " " + text)
+    try:
+        found = [encoder.encode(t, add_special_tokens=False).ids for t in texts]
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"the tokenizer cannot encode every text: {error}") from None
+    return all(encoder.decode(i, False) == t for i, t in zip(found, texts, strict=True))
 
 
 def without_controls(
@@ -129,7 +153,7 @@ def _read_pair(
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     pair = _pair(folder, names)
     if pair is None:
-        wanted = [f"{vocab} + {merges}" for vocab, merges in names] + ([other] if other else [])
+        wanted = [f"{vocab} + {merges}" for vocab, merges in names] + [other]
         raise ValueError(f"{folder}: no tokenizer here; wanted {' or '.join(wanted)}")
     vocab = _read_vocab(pair[0])
     return vocab, _read_merges(pair[1], vocab)

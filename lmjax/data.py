@@ -3,6 +3,8 @@
 
 import hashlib
 import json
+import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,7 +101,7 @@ class Data:
 
     def folder(self, workdir: Path) -> Path:
         """Where the store of a run in `workdir` lies."""
-        return Path(self.store).expanduser() if self.store else Path(workdir) / "data"
+        return local_folder("data.store", self.store) if self.store else Path(workdir) / "data"
 
     def spec(self) -> dict[str, Any]:
         """What the store depends on: a change of any of it is another store."""
@@ -147,6 +149,26 @@ class Data:
                     f" {name} ({_size(old)} -> {_size(new)}). Delete that folder to rebuild it,"
                     " or name another with --data.store"
                 )
+
+
+def local_folder(key: str, text: str | Path) -> Path:
+    """The folder of this machine that a key names; it need not exist yet.
+
+    Raises:
+      ValueError: no name, the address of a bucket (a Path has lost one of its slashes), or a file.
+    """
+    name = str(text)
+    if not name.strip() or "\0" in name:
+        raise ValueError(f"--{key}={name!r}: name a folder, such as runs/first")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
+        raise ValueError(
+            f"--{key}={name}: a folder of this machine is needed; mount the bucket, e.g. with"
+            " gcsfuse, and name the folder where it is mounted"
+        )
+    folder = Path(os.path.expanduser(name))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--{key}={name} is a file; name a folder, new or old")
+    return folder
 
 
 def open_prepared(folder: Path, spec: dict[str, Any] | None = None) -> Prepared:

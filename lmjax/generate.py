@@ -80,13 +80,10 @@ def stream(
     """
     if max_tokens < 0 or chunk < 1:
         raise ValueError(f"max_tokens={max_tokens}, chunk={chunk}: at least 0 and 1 are allowed")
-    if not 1 <= vocab <= model.vocab:
-        raise ValueError(f"vocab={vocab}: the model has {model.vocab} tokens, 1 to that is allowed")
+    _check_vocab(model, vocab)
     if eot is not None and not 0 <= eot < vocab:
         raise ValueError(f"eot={eot}: allowed are 0 to {vocab - 1}")
-    ids = _checked(prompt_ids, vocab)
-    if not ids.size:
-        ids = np.array([eot or 0], np.int32)
+    ids = _started(_checked(prompt_ids, vocab), eot)
     return _stream(_cached(model), params, ids, sampling, max_tokens, vocab, eot, chunk)
 
 
@@ -141,11 +138,37 @@ def generate_text(
     Raises:
       ValueError: a stop string is empty, or what `stream` refuses.
     """
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop={stop!r}: a list of strings that are not empty is allowed")
+    _check_stop(stop)
     prompt_ids = tokenizer.encode(prompt)
     chunks = stream(model, params, prompt_ids, sampling, max_tokens, tokenizer.vocab, tokenizer.eot)
     return _until_stop(_texts(chunks, tokenizer, prompt_ids), stop)
+
+
+def beam_text(
+    model: GPT,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    beams: int,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+) -> str:
+    """The best continuation that beam search finds, up to the end of a document or a stop string.
+
+    Raises:
+      ValueError: a stop string is empty, or what `beam_search` refuses.
+    """
+    _check_stop(stop)
+    prompt_ids = tokenizer.encode(prompt)
+    ids, eos = _started(prompt_ids, tokenizer.eot), tokenizer.eot
+    found, _ = beam_search(model, params, ids, beams, max_tokens, eos, vocab=tokenizer.vocab)
+    new = found[0, len(ids) :]
+    return "".join(_until_stop(_texts(iter([new]), tokenizer, prompt_ids), stop))
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop={stop!r}: a list of strings that are not empty is allowed")
 
 
 def _texts(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, ids: np.ndarray) -> Iterator[str]:
@@ -194,6 +217,7 @@ def beam_search(
     eos: int | None = None,
     length_penalty: float = 1.0,
     pad: int | None = None,
+    vocab: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `beams` best continuations that beam search finds, best first.
 
@@ -204,15 +228,18 @@ def beam_search(
     Args:
       eos: the id that finishes a sequence, kept at its end; without it all run to `max_tokens`.
       pad: fills what is shorter than the longest; `eos` if not given.
+      vocab: ids of the tokenizer; the model's others are never found. All of the model's if None.
 
     Returns:
       Sequences with their prompt (beams, length), int32, and scores (beams,), float32.
 
     Raises:
-      ValueError: the prompt is empty, the sequence exceeds the context, or beams exceed vocab / 2.
+      ValueError: the prompt is empty, the sequence exceeds the context, `vocab` exceeds the
+        model's, or beams exceed vocab / 2.
     """
-    ids = _checked(prompt_ids, model.vocab)
-    _check_search(model, ids, beams, max_tokens)
+    vocab = model.vocab if vocab is None else vocab
+    ids = _checked(prompt_ids, vocab)
+    _check_search(model, ids, beams, max_tokens, vocab)
     model, rows = _cached(model), _row_count(beams)
     scores_BV, cache = _read(model, params, _rows(ids, beams, model.context), len(ids))
     open_scores = np.full(beams, -1e9, np.float32)
@@ -220,7 +247,7 @@ def beam_search(
     new = np.zeros((beams, 0), np.int32)
     finished: list[tuple[np.float32, np.ndarray]] = []
     for count in range(1, max_tokens + 1):
-        found = _best_children(scores_BV, open_scores, model.vocab)
+        found = _best_children(scores_BV, open_scores, vocab)
         values, parents, tokens = (np.asarray(x) for x in found)
         children = np.concatenate([new[parents], tokens[:, None]], axis=1)
         ends = (tokens == eos) if count < max_tokens else np.full(len(tokens), True)
@@ -245,16 +272,27 @@ def beam_search(
     return sequences, np.array([score for score, _ in finished], np.float32)
 
 
-def _check_search(model: GPT, ids: np.ndarray, beams: int, max_tokens: int) -> None:
+def _check_search(model: GPT, ids: np.ndarray, beams: int, max_tokens: int, vocab: int) -> None:
+    _check_vocab(model, vocab)
     if not ids.size or max_tokens < 1:
         raise ValueError(f"{len(ids)} prompt tokens, max_tokens={max_tokens}: at least 1 is needed")
-    if not 1 <= beams <= model.vocab // 2:
-        raise ValueError(f"beams={beams}: allowed are 1 to vocab / 2 = {model.vocab // 2}")
+    if not 1 <= beams <= vocab // 2:
+        raise ValueError(f"beams={beams}: allowed are 1 to vocab / 2 = {vocab // 2}")
     if len(ids) + max_tokens > model.context + 1:
         raise ValueError(
             f"{len(ids)} prompt tokens and max_tokens={max_tokens} exceed the context of "
             f"{model.context}; max_tokens up to {model.context + 1 - len(ids)} is allowed"
         )
+
+
+def _check_vocab(model: GPT, vocab: int) -> None:
+    if not 1 <= vocab <= model.vocab:
+        raise ValueError(f"vocab={vocab}: the model has {model.vocab} tokens, 1 to that is allowed")
+
+
+def _started(ids: np.ndarray, eot: int | None) -> np.ndarray:
+    """The prompt, or what an empty one starts from."""
+    return ids if ids.size else np.array([eot or 0], np.int32)
 
 
 def _checked(ids: np.ndarray, vocab: int) -> np.ndarray:

@@ -128,7 +128,7 @@ class _Display:
     """One line of state: redrawn in place on a terminal, repeated now and then elsewhere."""
 
     def __init__(self, stream: TextIO | None, clock: Callable[[], float]) -> None:
-        self._stream = _Unbreakable(sys.stdout if stream is None else stream)
+        self._stream = Unbreakable(sys.stdout if stream is None else stream)
         self._clock = clock
         self._shown = -math.inf  # when the line was last on the screen
         self._line = _Line()
@@ -198,7 +198,7 @@ class _Line:
         yield row
 
 
-class _Unbreakable:
+class Unbreakable:
     """A text stream whose writes never raise, and that falls silent once its reader has gone."""
 
     def __init__(self, stream: TextIO) -> None:

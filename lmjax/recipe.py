@@ -66,37 +66,48 @@ def _is_module(value: Any) -> bool:
 def override(recipe: Recipe, assignments: typing.Iterable[tuple[str, str]]) -> Recipe:
     """`recipe` with every dotted key set to the value that its text stands for.
 
+    All at once: their order does not matter, and only the result must be consistent.
+
     Raises:
       ValueError: an unknown key (names the nearest), or text that is not of the field's type.
     """
-    for key, text in assignments:
-        recipe = _set(recipe, key.split("."), text, key)
-    return recipe
+    return _set(recipe, [(key.split("."), text, key) for key, text in assignments])
 
 
-def _set(value: Any, path: list[str], text: str, key: str) -> Any:
-    head, rest = path[0], path[1:]
+def _set(value: Any, assignments: list[tuple[list[str], str, str]]) -> Any:
     by_name = {f.name: f for f in fields(value)}
-    if head not in by_name:
-        _unknown(value, path, key)
-    current = getattr(value, head)
-    if rest:
-        if not dataclasses.is_dataclass(current):
-            raise ValueError(f"--{key}: {key.rsplit('.', len(rest))[0]} has no keys inside it")
-        new = _set(current, rest, text, key)
-    else:
-        new = _parse_field(value, by_name[head], current, text, key)
-    return _replace(value, **{head: new})
+    grouped: dict[str, list[tuple[list[str], str, str]]] = {}
+    for path, text, key in assignments:
+        if path[0] not in by_name:
+            _unknown(value, path, key)
+        grouped.setdefault(path[0], []).append((path[1:], text, key))
+    changes = {}
+    for name, given in grouped.items():
+        new = getattr(value, name)
+        for path, text, key in given:
+            if not path:
+                new = _parse_field(value, by_name[name], new, text, key)
+        inner = [part for part in given if part[0]]
+        if inner and not dataclasses.is_dataclass(new):
+            path, _, key = inner[0]
+            raise ValueError(f"--{key}: {key.rsplit('.', len(path))[0]} has no keys inside it")
+        changes[name] = _set(new, inner) if inner else new
+    return _replace(value, **changes) if changes else value
 
 
 def _unknown(value: Any, path: list[str], key: str) -> typing.NoReturn:
     names = [f.name for f in fields(value)]
     prefix = key.split(".")[: -len(path)]
+    if not names:
+        kind = type(value).__name__
+        raise ValueError(f"unknown key --{key}: {'.'.join(prefix)} is a {kind}, which has no keys")
     near = nearest(path[0], names)
     if near is None:  # perhaps the right key in the wrong place
         leaf = path[-1]
         elsewhere = [k for k, _ in flatten(to_json(value)) if k.rsplit(".", 1)[-1] == leaf]
         near = elsewhere[0] if elsewhere else None
+    else:
+        near = ".".join([near, *path[1:]])
     hint = f"; did you mean --{'.'.join([*prefix, near])}?" if near else "."
     dotted = "".join(f"{p}." for p in prefix)
     allowed = ", ".join(f"--{dotted}{n}" for n in names)
@@ -153,9 +164,12 @@ def _integer(text: str, key: str) -> int:
 
 def _float(text: str, key: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         raise ValueError(f"--{key}={text}: a number is needed") from None
+    if not math.isfinite(number):
+        raise ValueError(f"--{key}={text}: a finite number is needed")
+    return number
 
 
 def _boolean(text: str, key: str) -> bool:
@@ -166,7 +180,8 @@ def _boolean(text: str, key: str) -> bool:
 
 
 def _refuse(text: str, hint: Any, key: str) -> typing.NoReturn:
-    raise ValueError(f"--{key}={text}: a {hint} cannot be typed; change it in the experiment file")
+    name = getattr(hint, "__name__", hint)
+    raise ValueError(f"--{key}={text}: a {name} cannot be typed; change it in the experiment file")
 
 
 _SCALARS: dict[Any, Callable[[str, str], Any]] = {

@@ -51,6 +51,13 @@ class Run:
         for name in ("batch", "steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("evaluate_every", "evaluate_windows", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed}: a whole number from 0 up to 2**32 - 1")
+        if self.steps >= 1 << 31:
+            raise ValueError(f"steps={self.steps}: must be below 2**31")
         length, context = self.data.examples.length, getattr(self.model, "context", None)
         if context is not None and length > context:
             raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmjax import sharding
 from lmjax.checkpoint import load_params
-from lmjax.generate import Sampling, beam_search, generate_text
+from lmjax.generate import Sampling, beam_text, generate_text
 from lmjax.report import write_report
 from lmjax.run import Run
 from lmjax.step import abstract_params
@@ -27,8 +27,10 @@ def sample(
     """Prints a continuation as it comes, appends it to samples.jsonl and renews the report.
 
     Raises:
-      ValueError: no checkpoint or tokeniser in `workdir`.
+      ValueError: no checkpoint or tokeniser in `workdir`, or an option out of range.
     """
+    if beams < 1:
+        raise ValueError(f"beams={beams}: allowed are 1 (no beam search) and above")
     if not (workdir / "tokenizer").is_dir():
         raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
     tokenizer = load_tokenizer(workdir / "tokenizer")
@@ -36,9 +38,8 @@ def sample(
         step, params = load_params(workdir, abstract_params(run.model))
         print(prompt, end="", flush=True)
         if beams > 1:
-            ids = tokenizer.encode(prompt)
-            found, _ = beam_search(run.model, params, ids, beams, tokens, tokenizer.eot)
-            pieces = iter([tokenizer.decode(found[0][len(ids) :])])
+            best = beam_text(run.model, params, tokenizer, prompt, beams, tokens, stop)
+            pieces = iter([best])
         else:
             pieces = generate_text(run.model, params, tokenizer, prompt, sampling, tokens, stop)
         text = ""

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,8 +149,7 @@ def fill_store(
             for document, ids in zip(batch, encoded, strict=True):
                 name = split(document)
                 if name not in writers:
-                    writers[name] = _SplitWriter(folder, name, dtype, tokenizer)
-                    opened.callback(writers[name].close)
+                    writers[name] = _SplitWriter(folder, name, dtype, tokenizer, opened)
                 writers[name].add(document, ids)
                 done += len(document.text)
             if progress:
@@ -259,9 +258,12 @@ class _HashedFile:
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, name: str, dtype: str, tokenizer: Tokenizer):
+    def __init__(
+        self, folder: Path, name: str, dtype: str, tokenizer: Tokenizer, opened: ExitStack
+    ):
         assert name in ("train", "validation", "test"), name
-        self._files = {column: _HashedFile(folder / f"{name}.{column}") for column in _COLUMNS}
+        files = {column: _HashedFile(folder / f"{name}.{column}") for column in _COLUMNS}
+        self._files = {column: opened.enter_context(closing(f)) for column, f in files.items()}
         self._dtype, self._vocab, self._unknown = dtype, tokenizer.vocab, tokenizer.unknown
         self._lead = [] if tokenizer.eot is None else [tokenizer.eot]
         self._facts = {"documents": 0, "tokens": 0, "bytes": 0, "unknown": 0}
@@ -288,10 +290,6 @@ class _SplitWriter:
     def finish(self) -> dict[str, Any]:
         files = {column: file.finish() for column, file in self._files.items()}
         return {**self._facts, "files": files}
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

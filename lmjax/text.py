@@ -261,19 +261,27 @@ class TFDS:
         ]
 
     def _texts(self, builder: Any, split: str) -> Iterator[tuple[int, bytes]]:
-        source = builder.as_data_source(split=split)
-        for start in range(0, len(source), 256):
-            rows = range(start, min(start + 256, len(source)))
-            for row, example in enumerate(source.__getitems__(list(rows)), start + 1):
-                place = f"tfds:{self.name}/{split}"
-                value = example[self.field]
-                if not isinstance(value, bytes | str):
-                    reason = f"the feature {self.field!r} is no text"
-                    raise BadRecord(place, row, reason, f"found {type(value).__name__}")
-                text = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
-                if (at := invalid_utf8(text)) is not None:
-                    raise BadRecord(place, row, "not valid UTF-8", byte=at + 1)
-                yield row, text
+        place = f"tfds:{self.name}/{split}"
+        for row, example in enumerate(self._examples(builder, split), 1):
+            value = example[self.field]
+            if not isinstance(value, bytes | str):
+                reason = f"the feature {self.field!r} is no text"
+                raise BadRecord(place, row, reason, f"found {type(value).__name__}")
+            text = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+            if (at := invalid_utf8(text)) is not None:
+                raise BadRecord(place, row, "not valid UTF-8", byte=at + 1)
+            yield row, text
+
+    def _examples(self, builder: Any, split: str) -> Iterator[Any]:
+        try:
+            source = builder.as_data_source(split=split)
+            for start in range(0, len(source), 256):
+                rows = range(start, min(start + 256, len(source)))
+                yield from source.__getitems__(list(rows))
+        except Exception as error:  # array_record and the feature decoders have no errors of theirs
+            line = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = f"split {split!r} cannot be read ({line}): prepare it again"
+            raise BadFile(f"tfds:{self.name} in {builder.data_dir}", reason) from error
 
     def _splits(self, builder: Any) -> list[str]:
         names = list(builder.info.splits)

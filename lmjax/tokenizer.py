@@ -175,7 +175,10 @@ class ByteBPE:
         else:
             made = bpe.train_byte_bpe(_training_texts(train_texts, self.train_bytes), self.vocab)
         eot = made.token_to_id(bpe.END_OF_TEXT)
-        _write_bpe(directory, made, "byte-bpe", eot, None, lossless=made.normalizer is None)
+        lossless = bpe.is_lossless(made)
+        word = None if lossless else made.model.unk_token  # pyright: ignore
+        unknown = None if word is None else made.token_to_id(word)
+        _write_bpe(directory, made, "byte-bpe", eot, unknown, lossless)
 
     def load(self, directory: Path) -> Tokenizer:
         """Opens what `build` wrote."""
@@ -186,7 +189,8 @@ class ByteBPE:
 class GPT1BPE:
     """GPT-1's lower-cased BPE with `</w>` (words by the BERT rules; no ftfy, no spaCy). Lossy.
 
-    path: a folder with encoder_bpe_40000.json + vocab_40000.bpe, or vocab.json + merges.txt.
+    path: a folder with encoder_bpe_40000.json + vocab_40000.bpe, vocab.json + merges.txt, or
+    tokenizer.json.
     """
 
     vocab: int = 40_478

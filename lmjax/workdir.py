@@ -18,12 +18,14 @@ from typing import Any
 from lmjax import recipe, sharding
 from lmjax.data import Prepared
 from lmjax.run import Run, describe
+from lmjax.tokenizer import DESCRIPTION, load_tokenizer
 
 # What may change between two starts of one run: nothing here changes what a step computes.
 FREE = re.compile(
     r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
     r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
 )
+_PARTS = ("model", "data", "loss", "optim")
 
 
 class RunLock:
@@ -52,7 +54,7 @@ class RunLock:
 
 def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
     """Raises ValueError, with the difference, if `workdir` was begun under another recipe."""
-    changes = recipe.difference(read_json(workdir / "recipe.json")["run"], recipe.to_json(run))
+    changes = recipe.difference(recorded_run(workdir), recipe.to_json(run))
     allowed = set(allow)
     for key, old, new in changes:
         if FREE.fullmatch(key):
@@ -77,8 +79,21 @@ def check_vocabulary(run: Run, prepared: Prepared) -> None:
 
 
 def keep_tokenizer(directory: Path, workdir: Path) -> None:
-    """Copies a tokeniser into the run directory, which then needs no store to generate."""
-    shutil.copytree(directory, workdir / "tokenizer", dirs_exist_ok=True)
+    """Copies a tokeniser into the run directory, which then needs no store to generate.
+
+    Raises:
+      ValueError: what was trained there so far knows another one.
+    """
+    mine = workdir / "tokenizer"
+    if any((workdir / "checkpoints").glob("[0-9]*")) and (mine / DESCRIPTION).exists():
+        if load_tokenizer(mine).fingerprint != load_tokenizer(directory).fingerprint:
+            raise ValueError(
+                f"{directory} is another tokeniser than {mine}, which the checkpoints of {workdir} "
+                "were trained with: the text must have changed. Bring back the text or the token "
+                f"store, choose another --workdir, or remove {mine} to go on with other ids"
+            )
+        return
+    shutil.copytree(directory, mine, dirs_exist_ok=True)
 
 
 def record(run: Run, workdir: Path, about: dict[str, str]) -> None:
@@ -99,6 +114,20 @@ def record(run: Run, workdir: Path, about: dict[str, str]) -> None:
     write_text(workdir / "environment.json", recipe.dump(environment))
 
 
+def recorded_run(workdir: Path) -> dict[str, Any]:
+    """The recipe that a run directory recorded, as JSON.
+
+    Raises:
+      ValueError: its recipe.json is missing or damaged.
+    """
+    path = workdir / "recipe.json"
+    content = read_json(path)
+    run = content.get("run") if isinstance(content, dict) else None
+    if not isinstance(run, dict) or not all(isinstance(run.get(k), dict) for k in _PARTS):
+        raise ValueError(f"{path} is damaged: it holds no recipe; restore it, or start elsewhere")
+    return run
+
+
 def read_json(path: Path) -> Any:
     """The JSON in a file of a run directory.
 
@@ -109,7 +138,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is {path.parent} a run directory?") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is damaged: {error}") from None
 
 

@@ -132,6 +132,52 @@ def test_overriding_runs_the_checks_of_the_recipe():
     assert "heads=3" in refusal(RUN, "model.heads", "3")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [("model.heads", "3"), ("model.width", "48")],
+        [("data.examples.length", "64"), ("model.context", "64")],
+        [("data.corpus.encoding", "latin-1"), ("data.corpus", "files:a.txt")],
+    ],
+)
+def test_keys_are_set_at_once_in_any_order(keys: list[tuple[str, str]]):
+    assert recipe.override(RUN, keys) == recipe.override(RUN, keys[::-1]) != RUN
+
+
+def test_the_last_of_a_repeated_key_counts():
+    assert recipe.override(RUN, [("steps", "3"), ("steps", "4")]).steps == 4
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e400"])
+def test_numbers_must_be_finite(text: str):
+    assert "--optim.peak" in refusal(RUN, "optim.peak", text)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("evaluate_every", "-1"),
+        ("evaluate_windows", "-1"),
+        ("workers", "-1"),
+        ("seed", "-1"),
+        ("seed", str(1 << 32)),
+        ("steps", str(1 << 31)),
+        ("data.examples.length", "0"),
+        ("data.examples.length", "-3"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_key(key: str, text: str):
+    assert refusal(RUN, key, text).startswith(f"{key}={text}: ")
+
+
+def test_an_unknown_key_is_corrected_whole():
+    assert "did you mean --model.depth?" in refusal(RUN, "modle.depth")
+
+
+def test_a_key_inside_what_has_none_says_so():
+    assert "data.corpus is a Builtin, which has no keys" in refusal(RUN, "data.corpus.field")
+
+
 def test_a_corpus_is_named_by_kind_and_place():
     def corpus(text: str) -> Any:
         return recipe.override(RUN, [("data.corpus", text)]).data.corpus

@@ -243,3 +243,11 @@ def test_a_tfds_dataset_is_read_without_tensorflow(tmp_path: Path, splits: str):
     assert "no TFDS dataset 'little_note'" in errors[0]
     assert "no feature 'nite'" in errors[1] and "--data.corpus.field=note" in errors[1]
     assert [name for name, _ in sources] == [f"little_notes/1.0.0 {name}" for name in own]
+
+
+def test_a_damaged_tfds_dataset_is_named(tmp_path: Path):
+    run(BUILDER, tmp_path / "tfds", "train")
+    (shard,) = tmp_path.glob("tfds/*/*/*.array_record*")
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(BadFile, match="tfds:little_notes in .*'train' cannot be read"):
+        list(TFDS("little_notes", "note", str(tmp_path / "tfds")).documents(Report()))

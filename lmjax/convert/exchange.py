@@ -28,7 +28,8 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     checkpoint is step 0, with a fresh optimiser.
 
     Raises:
-      ValueError: `workdir` holds a run, or the folder is none that a model here can express.
+      ValueError: `workdir` holds a run, or the folder is none that a model here can express, or
+        its tokeniser has ids without a row in the model.
     """
     if newest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already; choose another --workdir")
@@ -38,6 +39,11 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     with sharding.use(run.mesh.mesh()), contextlib.closing(RunLock(workdir)):
         if getattr(run.data.tokenizer, "path", ""):
             run.data.tokenizer.build(iter(()), workdir / "tokenizer")
+            ids = load_tokenizer(workdir / "tokenizer").vocab
+            if ids > model.vocab:
+                raise ValueError(
+                    f"{source}: the tokeniser has {ids:,} ids, the model {model.vocab:,}"
+                )
         record(run, workdir, about)
         checkpoints = Checkpoints(workdir, recipe.to_json(run), run.keep, print)
         checkpoints.save(0, _first_state(run, params))

@@ -304,7 +304,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     elif index.is_file():
         found = read_json(index)
         weight_map = found.get("weight_map") if isinstance(found, dict) else None
-        files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         if not files or any(Path(f).name != f for f in files):
             raise ValueError(f"{index}: weight_map names {files}; allowed: files of this folder")
     else:

@@ -23,6 +23,10 @@ class Windows:
 
     length: int
 
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"data.examples.length={self.length}: must be at least 1")
+
     def epoch(self, split: Split) -> int:
         """Examples in one pass over the split.
 
