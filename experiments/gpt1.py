@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-1, 117 M parameters (Radford et al. 2018).
 
-    python -m lmjax train experiments/gpt1.py --workdir=gs://bucket/gpt1 \\
+    python -m lmjax train experiments/gpt1.py --workdir=runs/gpt1 \\
         --data.corpus='files:books/*.txt' --data.tokenizer.path=gpt1_bpe/
 
 Norms after the residual sums, positions in the token table after the 40,478 BPE rows, softmax over

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 large, 774 M parameters (774,030,080; Radford et al. 2019).
 
-    python -m lmjax train experiments/gpt2_large.py --workdir=gs://bucket/gpt2_large \\
+    python -m lmjax train experiments/gpt2_large.py --workdir=runs/gpt2_large \\
         --data.corpus='files:webtext/*.jsonl.gz' --data.tokenizer.path=gpt2_bpe/ --mesh.fsdp=-1 \\
         --mesh.data=1
 

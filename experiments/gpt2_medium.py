@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 medium, 355 M parameters (354,823,168; Radford et al. 2019).
 
-    python -m lmjax train experiments/gpt2_medium.py --workdir=gs://bucket/gpt2_medium \\
+    python -m lmjax train experiments/gpt2_medium.py --workdir=runs/gpt2_medium \\
         --data.corpus='files:webtext/*.jsonl.gz' --data.tokenizer.path=gpt2_bpe/ --mesh.fsdp=-1 \\
         --mesh.data=1
 

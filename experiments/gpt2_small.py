@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 small, 124 M parameters (Radford et al. 2019).
 
-    python -m lmjax train experiments/gpt2_small.py --workdir=gs://bucket/gpt2_small \\
+    python -m lmjax train experiments/gpt2_small.py --workdir=runs/gpt2_small \\
         --data.corpus='files:webtext/*.jsonl.gz' --data.tokenizer.path=gpt2_bpe/
 
 One v5e-8: 10 windows a chip and microbatch, 6 microbatches a step. Not yet run.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 small with 6 heads of 128 where the paper has 12 of 64 (Radford et al. 2019).
 
-    python -m lmjax train experiments/gpt2_small_hd128.py --workdir=gs://bucket/gpt2_small_hd128 \\
+    python -m lmjax train experiments/gpt2_small_hd128.py --workdir=runs/gpt2_small_hd128 \\
         --data.corpus='files:webtext/*.jsonl.gz' --data.tokenizer.path=gpt2_bpe/
 
 gpt2_small.py with the head width that a TPU's 128 lanes are made for; heads of 64 fill half of

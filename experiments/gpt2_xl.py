@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 xl, 1.56 B parameters (1,557,611,200; Radford et al. 2019).
 
-    python -m lmjax train experiments/gpt2_xl.py --workdir=gs://bucket/gpt2_xl \\
+    python -m lmjax train experiments/gpt2_xl.py --workdir=runs/gpt2_xl \\
         --data.corpus='files:webtext/*.jsonl.gz' --data.tokenizer.path=gpt2_bpe/ --mesh.fsdp=-1 \\
         --mesh.data=1
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-3 Small, 125 M parameters (Brown et al. 2020, table 2.1 and appendix B).
 
-    python -m lmjax train experiments/gpt3_small.py --workdir=gs://bucket/gpt3_small \\
+    python -m lmjax train experiments/gpt3_small.py --workdir=runs/gpt3_small \\
         --data.corpus='files:corpus/*.jsonl.gz' --mesh.fsdp=8
 
 300 B tokens in windows of 2,048 that run across documents; half a million tokens a step after a
