@@ -3,6 +3,7 @@
 
 import lzma
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lmjax import batches, cpu, sharding
 from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
 from lmjax.progress import Work
-from lmjax.recipe import dump
+from lmjax.recipe import dump, nearest
 from lmjax.report import write_report
 from lmjax.run import Run
 from lmjax.step import abstract_params, make_eval_step
@@ -38,7 +39,9 @@ class Evaluator:
         """
         splits = prepared.store.splits
         if split not in splits:
-            raise ValueError(f"there is no {split} split here; allowed: {', '.join(splits)}")
+            near = nearest(split, splits)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"there is no {split} split: one of {', '.join(splits)}{hint}")
         self.split = splits[split]
         self._examples = run.data.examples
         unknown = prepared.store.manifest["splits"][split]["unknown"]
@@ -101,6 +104,8 @@ def evaluate(
     Raises:
       ValueError: no checkpoint, no such split, or a store that is damaged.
     """
+    if split and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", split):
+        raise ValueError(f"--split={split}: a name of letters, digits, - and _")
     own = run.data.folder(workdir)
     with sharding.use(run.mesh.mesh()):
         if corpus is None:

@@ -41,6 +41,21 @@ class AdamW:
     decay_parameters: str = r"(kernel|embedding|positions)$"
     clip: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("peak", "warmup", "floor", "decay_until", "epsilon", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"optim.{name}={value}: must be 0 or more")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: from 0 up to 1")
+        try:
+            re.compile(self.decay_parameters)
+        except re.error as error:
+            raise ValueError(
+                f"optim.decay_parameters={self.decay_parameters!r}: no regular expression ({error})"
+            ) from None
+
     def schedule(self, steps: int, tokens_after: Callable[[Any], Any]) -> Schedule:
         """Learning rate of the update from step s to s + 1.
 

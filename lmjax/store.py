@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 BATCH_BYTES = 1 << 20
 _COLUMNS = {"tokens": None, "starts": "<i8", "bytes": "<i8", "ids": None}
+_COUNTS = ("documents", "tokens", "bytes", "unknown")
 _SCAN = 1 << 24
 _ABSENT = object()
 
@@ -168,7 +169,7 @@ def fill_store(
         "unknown": tokenizer.unknown,
         "tokenizer": tokenizer.fingerprint,
         "splits": splits,
-        "totals": _totals(splits),
+        "totals": {key: sum(facts[key] for facts in splits.values()) for key in _COUNTS},
         "report": lines,
     }
     manifest["seal"] = _seal(manifest)
@@ -266,7 +267,7 @@ class _SplitWriter:
         self._files = {column: opened.enter_context(closing(f)) for column, f in files.items()}
         self._dtype, self._vocab, self._unknown = dtype, tokenizer.vocab, tokenizer.unknown
         self._lead = [] if tokenizer.eot is None else [tokenizer.eot]
-        self._facts = {"documents": 0, "tokens": 0, "bytes": 0, "unknown": 0}
+        self._facts = dict.fromkeys(_COUNTS, 0)
         self._put("starts", [0])
 
     def _put(self, column: str, values: Any) -> None:
@@ -302,11 +303,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _totals(splits: dict[str, dict[str, Any]]) -> dict[str, int]:
-    keys = ("documents", "tokens", "bytes", "unknown")
-    return {key: sum(facts[key] for facts in splits.values()) for key in keys}
 
 
 def _seal(manifest: dict[str, Any]) -> str:

@@ -334,3 +334,20 @@ def test_a_linen_module_is_overridden_like_a_dataclass():
         width: int = 4
 
     assert recipe.override(Small(), [("width", "9")]).width == 9
+
+
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        *((f"model.{name}", "0") for name in ("vocab", "context", "depth", "width", "heads")),
+        ("model.depth", "-1"),
+        ("model.dropout", "1.5"),
+        *((f"optim.{name}", "-1") for name in ("peak", "warmup", "clip", "weight_decay")),
+        ("optim.b1", "1"),
+        ("optim.decay_parameters", "("),
+    ],
+)
+def test_impossible_values_are_refused_by_their_key(key: str, text: str):
+    run = recipe.load("experiments/demo.py", tiny=True)
+    with pytest.raises(ValueError, match=rf"^{key}={'.' if text == '(' else text}"):
+        recipe.override(run, [(key, text)])
