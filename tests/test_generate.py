@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmjax import generate, sharding
-from lmjax.generate import Sampling, beam_search, draw, generate_text, stream
+from lmjax.generate import Sampling, beam_search, beam_text, draw, generate_text, stream
 from lmjax.models.gpt import GPT
 from lmjax.tokenizer import Characters, SentencePiece
 
@@ -144,6 +144,8 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     assert set(found) == set(range(18))
     sequences, _ = beam_search(model, weights(model), PROMPT, 20, 5)
     assert sequences.max() < model.vocab
+    sequences, _ = beam_search(model, weights(model), PROMPT, 9, 5, vocab=18)
+    assert sequences.max() < 18
 
 
 def test_the_end_of_text_ends_it_and_is_not_yielded():
@@ -279,6 +281,31 @@ def test_text_of_a_model_is_the_text_of_its_ids(tmp_path):
     assert len("".join(generate_text(GPT2, params, tokenizer, "", Sampling(seed=2), 40))) == 40
 
 
+def test_text_of_beams_is_that_of_the_best_sequence(tmp_path):
+    spec = Characters()
+    spec.build(iter([b"abcdefghij klmnopqrst\n"]), tmp_path)
+    tokenizer = spec.load(tmp_path)
+    params = weights(GPT2)
+    assert tokenizer.vocab < GPT2.vocab, "the model has ids that the tokenizer cannot decode"
+    ids = tokenizer.encode("a hen")
+    best = beam_search(GPT2, params, ids, 3, 12, vocab=tokenizer.vocab)[0][0]
+    text = beam_text(GPT2, params, tokenizer, "a hen", 3, 12)
+    assert text == tokenizer.decode(best[5:]) and len(text) == 12
+    cut = beam_text(GPT2, params, tokenizer, "a hen", 3, 12, [text[4:6]])
+    assert cut == text[: text.index(text[4:6])]
+    assert len(beam_text(GPT2, params, tokenizer, "", 3, 12)) == 12
+    with pytest.raises(ValueError, match="strings that are not empty"):
+        beam_text(GPT2, params, tokenizer, "a hen", 3, 12, [""])
+
+
+def test_text_of_beams_keeps_the_blank_after_the_prompt(monkeypatch, byte_tokenizer):
+    ids = byte_tokenizer.encode("the cat")
+    count = len(byte_tokenizer.encode("the"))
+    found = np.array([[*ids, byte_tokenizer.eot, byte_tokenizer.eot]], np.int32)
+    monkeypatch.setattr(generate, "beam_search", lambda *_, **__: (found, None))
+    assert count < len(ids) and beam_text(GPT2, None, byte_tokenizer, "the", 1, 9) == " cat"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -317,6 +344,8 @@ def test_bad_arguments_are_refused_at_once(byte_tokenizer):
         ((PROMPT[:0], 2, 5), "0 prompt tokens"),
         ((PROMPT, 31, 5), "beams=31: allowed are 1 to vocab / 2 = 30"),
         ((PROMPT, 2, 23), "max_tokens up to 22 is allowed"),
+        ((PROMPT, 2, 5, None, 1.0, None, 61), "vocab=61: the model has 60"),
+        ((PROMPT, 10, 5, None, 1.0, None, 18), "allowed are 1 to vocab / 2 = 9"),
     ):
         with pytest.raises(ValueError) as caught:
             search(*arguments)

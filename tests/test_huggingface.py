@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lmjax import losses
+from lmjax import losses, recipe
+from lmjax.convert.exchange import import_folder
 from lmjax.convert.huggingface import export_gpt2, hub_shapes, hub_tensors, import_gpt2
 from lmjax.generate import Sampling, beam_search, stream
 from lmjax.models.gpt import GPT
+from lmjax.sample import sample
+from lmjax.tokenizer import GPT1BPE, ByteBPE, load_tokenizer
 
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared/data/fixtures/golden/hf_tiny/gpt2_lm"
 NAMES = ("gpt2_wide", "gpt2_padded", "gpt1")
@@ -151,6 +155,9 @@ def test_weights_in_several_files_are_read(tmp_path):
         import_gpt2(folder)
     index.write_text("[]")
     with pytest.raises(ValueError, match="files of this folder"):
+        import_gpt2(folder)
+    index.write_text('{"weight_map": {"a": 1, "b": ["x"]}}')
+    with pytest.raises(ValueError, match="split/1 cannot be read"):
         import_gpt2(folder)
 
 
@@ -318,6 +325,34 @@ def test_folders_that_are_no_models_are_refused(tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="no JSON object"):
         import_gpt2(folder)
+
+
+def test_a_gpt1_run_is_exported_and_imported_with_its_tokeniser(tmp_path):
+    GPT1BPE(vocab=60).build(iter([b"the cat sat on the mat, the hat\n" * 9]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    model = GPT(tokenizer.vocab, 8, 1, 8, 2, norm="post", one_table=True)
+    params = jax.jit(model.init)(jax.random.key(0), {"tokens_BL": jnp.zeros((1, 2), jnp.int32)})
+    files = {"tokenizer.json": (tmp_path / "t" / "tokenizer.json").read_bytes()}
+    export_gpt2(tmp_path / "hub", model, params["params"], files)
+    run = recipe.load(str(EXPERIMENTS / "gpt1.py"), tiny=True)
+    import_folder(run, tmp_path / "hub", tmp_path / "run", {})
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokeniser_with_more_ids_than_the_model_is_refused(tmp_path):
+    model, params = small()
+    ByteBPE(vocab=257).build(iter([b"a"]), tmp_path / "t")
+    files = {"tokenizer.json": (tmp_path / "t" / "tokenizer.json").read_bytes()}
+    export_gpt2(tmp_path / "hub", model, params, files)
+    run = recipe.load(str(EXPERIMENTS / "gpt2_small.py"), tiny=True)
+    with pytest.raises(ValueError, match="the tokeniser has 257 ids, the model 30"):
+        import_folder(run, tmp_path / "hub", tmp_path / "run", {})
+
+
+def test_beams_below_one_are_refused(tmp_path):
+    run = recipe.load(str(EXPERIMENTS / "gpt2_small.py"), tiny=True)
+    with pytest.raises(ValueError, match="beams=0: allowed are 1"):
+        sample(run, tmp_path, "a", Sampling(), beams=0)
 
 
 def test_names_cover_the_published_sizes():

@@ -176,6 +176,34 @@ def test_a_tokenizer_json_with_control_tokens_is_read(tmp_path: Path, made):
     assert tokenizer.encode(PROSE).tolist() == made["byte-bpe"].encode(PROSE).tolist()
 
 
+def test_a_tokenizer_json_that_loses_text_is_known_as_lossy(tmp_path: Path, made):
+    source = json.loads((made["byte-bpe"].directory / "tokenizer.json").read_text("utf-8"))
+    blank = source | {"pre_tokenizer": source["pre_tokenizer"] | {"add_prefix_space": True}}
+    bare = source | {"pre_tokenizer": None, "decoder": None}
+    bare["model"] = source["model"] | {"unk_token": "!"}
+    for name, spec in {"same": source, "blank": blank, "bare": bare}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+        ByteBPE(path=str(tmp_path / name)).build(iter([]), tmp_path / f"{name}-built")
+        tokenizer = load_tokenizer(tmp_path / f"{name}-built")
+        assert tokenizer.lossless == (name == "same")
+        assert tokenizer.unknown == (source["model"]["vocab"]["!"] if name == "bare" else None)
+    bare["model"] |= {"unk_token": "<|endoftext|>"}
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(bare), "utf-8")
+    with pytest.raises(ValueError, match="cannot encode every text: Unk token"):
+        ByteBPE(path=str(tmp_path / "bare")).build(iter([]), tmp_path / "t")
+
+
+def test_a_gpt1_tokenizer_json_is_read(tmp_path: Path, made):
+    # An exported folder, and what transformers saves, have no other file.
+    GPT1BPE(path=str(made["gpt1"].directory)).build(iter([]), tmp_path / "t")
+    assert load_tokenizer(tmp_path / "t").fingerprint == made["gpt1"].fingerprint
+    with pytest.raises(ValueError, match=r"tokenizer.json: has no <unk>; is it GPT-1's\?"):
+        GPT1BPE(path=str(made["byte-bpe"].directory)).build(iter([]), tmp_path / "t")
+    with pytest.raises(ValueError, match=r"no tokenizer here; .* or tokenizer.json"):
+        GPT1BPE(path=str(tmp_path)).build(iter([]), tmp_path / "t")
+
+
 def test_published_files_that_do_not_fit_are_refused(tmp_path: Path):
     folder = byte_files(tmp_path / "gpt2", "vocab.json", "merges.txt")
     (folder / "merges.txt").write_text("#version: 0.2\nh e\nq q\n")
