@@ -125,7 +125,20 @@ def _folder(key: str, text: str) -> Path:
 
 
 def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
-    return recipe.override(recipe.load(arguments.experiment, arguments.tiny), keys)
+    run = recipe.load(arguments.experiment, arguments.tiny)
+    _check_flags(arguments, keys, run)
+    return recipe.override(run, keys)
+
+
+def _check_flags(arguments: argparse.Namespace, keys: Assignments, run: Any) -> None:
+    """Raises ValueError for a key that looks more like a flag of the verb than like a key."""
+    names = [f.name for f in recipe.fields(run)]
+    typed = {"source": "from", "target": "to"}  # `from` is no name in Python
+    flags = [typed.get(n, n) for n in vars(arguments) if n not in ("verb", "experiment")]
+    for key, _ in keys:
+        near = recipe.nearest(key, [*names, *flags])
+        if key not in names and near in flags:
+            raise ValueError(f"unknown key --{key}; did you mean --{near}?")
 
 
 def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
@@ -133,6 +146,7 @@ def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
     from lmjax.workdir import recorded_run
 
     run = recipe.load(arguments.experiment, arguments.tiny)
+    _check_flags(arguments, keys, run)
     recorded = recorded_run(_folder("workdir", arguments.workdir))
     for part in ("model", "loss"):
         mine = recipe.to_json(getattr(run, part))
@@ -310,5 +324,15 @@ VERBS = {
 }
 
 
+def _leave(*_: object) -> None:
+    # At once: a KeyboardInterrupt inside an import or a compiler ends as another error or a crash.
+    # What is being written has another name until it is whole.
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _leave)
     sys.exit(main(sys.argv[1:]))

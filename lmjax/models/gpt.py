@@ -117,7 +117,7 @@ class GPT(nn.Module):
         """
         block = 12 * self.width**2 + 13 * self.width
         final = 2 * self.width if self.norm == "pre" else 0
-        multiplied = self.vocab * self.width + self.depth * block + final
+        multiplied = self.rows * self.width + self.depth * block + final
         return 6 * multiplied + 12 * self.depth * self.width * length
 
     @nn.compact

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every file in experiments/ promises: its size, its lab note, its layout, its first losses.
+
+tests/golden/losses.json holds the first, middle and last training loss of each `tiny`, in float32
+on one CPU device. After a change that is meant to move them, print new ones:
+
+    PYTHONPATH=. .venv/bin/python tests/test_contracts.py > tests/golden/losses.json
+"""
+
+import ast
+import contextlib
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from commands import ROOT, write_text
+
+from lmjax import recipe, sharding
+from lmjax.__main__ import main
+from lmjax.metrics import read_metrics
+from lmjax.sharding import Layout, path_of
+from lmjax.step import abstract_state
+
+FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
+# Of the papers' sizes: GPT-1's release, GPT-2's four, and GPT-3 Small with its 2,048 positions.
+PARAMETERS = {
+    "gpt1": 116_534_784,
+    "gpt2_small": 124_439_808,
+    "gpt2_small_hd128": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+    "gpt3_small": 125_226_240,
+}
+TOKENS_PER_STEP = {"gpt1": 64 * 512, "gpt3_small": 2**19}  # GPT-2: the open recipe's 480 × 1,024
+SOURCE = {
+    "gpt1": "Radford et al. 2018",
+    "gpt3_small": "Brown et al. 2020",
+    "shakespeare_char": "Karpathy 2022",
+    "demo": "documentation of the running Python",
+}
+every_file = pytest.mark.parametrize("name", FILES)
+
+
+def file_of(name: str) -> str:
+    return f"experiments/{name}.py"
+
+
+def run(*arguments: str) -> None:
+    """One command, in this process."""
+    assert main(arguments) == 0, arguments
+
+
+# --- what it is and costs -------------------------------------------------------------------------
+
+
+@every_file
+def test_describe_counts_what_the_paper_has_and_allocates_nothing(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    run("describe", file_of(name), "--json")
+    assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
+    (line,) = capsys.readouterr().out.splitlines()
+    summary = json.loads(line)
+    recorded, model = summary["run"], summary["run"]["model"]
+    length = recorded["data"]["examples"]["length"]
+    assert summary["steps"] == recorded["steps"]
+    assert summary["tokens_per_step"] == recorded["batch"] * length
+    assert 0 < summary["tokens"] <= summary["steps"] * summary["tokens_per_step"]
+    assert summary["flops_per_token"] > 6 * model["depth"] * 12 * model["width"] ** 2
+    if name in PARAMETERS:
+        assert summary["parameters"] == PARAMETERS[name]
+        assert summary["tokens_per_step"] == TOKENS_PER_STEP.get(name, 480 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "length"),
+    [
+        ("gpt2_small", 12, 768, 1024),
+        ("gpt2_small_hd128", 12, 768, 1024),
+        ("gpt2_medium", 24, 1024, 1024),
+        ("gpt2_large", 36, 1280, 1024),
+        ("gpt2_xl", 48, 1600, 1024),
+        ("gpt3_small", 12, 768, 2048),
+    ],
+)
+def test_flops_are_six_a_parameter_and_the_attention_on_top(name, depth, width, length):
+    """6 N + 12 L D T (Chowdhery et al. 2022, appendix B); no product touches the positions."""
+    model = recipe.load(str(ROOT / file_of(name))).model
+    multiplied = PARAMETERS[name] - length * width
+    assert model.flops_per_token(length) == 6 * multiplied + 12 * depth * width * length
+
+
+@every_file
+def test_the_file_opens_with_a_lab_note(name):
+    note = ast.get_docstring(ast.parse((ROOT / file_of(name)).read_text("utf-8")))
+    assert note is not None
+    assert SOURCE.get(name, "Radford et al. 2019") in note
+    command = f"    python -m lmjax train {re.escape(file_of(name))} --workdir=\\S+"
+    assert re.search(command, note), note
+    outcome = r"[Nn]ot yet run|see benchmarks/|nats"
+    assert name == "demo" or re.search(outcome, note), "what was measured?"
+
+
+# --- how it rests on a mesh -----------------------------------------------------------------------
+
+
+def resting(name: str, layout: Layout) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    """Every array of the state of the full recipe by path, as a shape that is placed."""
+    full = recipe.load(str(ROOT / file_of(name)))
+    with sharding.use(layout.mesh()):
+        state = abstract_state(full.model, full.optimiser())
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [(path_of(path), x) for path, x in leaves]
+
+
+@every_file
+def test_rules_cover_the_whole_state_on_three_axes(name):
+    heads = recipe.load(str(ROOT / file_of(name))).model.heads
+    state = resting(name, Layout(2, 2, 2) if heads % 2 == 0 else Layout(2, 4, 1))
+    assert sum(path.endswith("kernel") for path, _ in state) == 3 * 4  # with two moments
+    for path, x in state:  # of what is multiplied with, a device holds a quarter
+        if path.endswith(("kernel", "embedding")):
+            assert math.prod(x.sharding.shard_shape(x.shape)) * 4 == x.size, path
+
+
+@every_file
+def test_nothing_large_rests_whole_on_four_devices(name):
+    state = resting(name, Layout(2, 4, 1))
+    whole = {path: x.size * x.dtype.itemsize for path, x in state if x.sharding.is_fully_replicated}
+    # The longest vectors are the inner biases of all layers: 1.2 MB in gpt2_xl.
+    assert max(whole.values()) < 2 * 2**20, whole
+    assert sum(whole.values()) < 0.01 * sum(x.size * x.dtype.itemsize for _, x in state)
+
+
+# --- what it learns -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Meshes of the first device only: what a plain CPU has, and the golden losses are of."""
+    whole = Layout.mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layout, "mesh", lambda layout: whole(layout, jax.devices()[:1]))
+        patch.chdir(ROOT)
+        yield
+
+
+def train_tiny(name: str, workdir: Path, text: Path) -> list[dict]:
+    """The records of 20 steps of the file's `tiny` on `text`."""
+    corpus = f"--data.corpus=files:{text}"
+    run("train", file_of(name), "--tiny", f"--workdir={workdir}", corpus, "--steps=20")
+    return read_metrics(workdir)
+
+
+def marks(lines: list[dict]) -> list[float]:
+    """First, middle and last training loss."""
+    return [round(lines[at]["loss"], 6) for at in (0, len(lines) // 2, -1)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+@every_file
+def test_the_toy_learns_and_is_scored_and_sampled(name, text, tmp_path, capsys):
+    with one_device():
+        lines = train_tiny(name, tmp_path, text)
+        wanted = json.loads(GOLDEN.read_text("utf-8"))[name]
+        assert marks(lines) == pytest.approx(wanted, abs=2e-4)
+        assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+        assert [line["step"] for line in lines] == list(range(1, 21))
+
+        place = ("--tiny", f"--workdir={tmp_path}")
+        run("evaluate", file_of(name), *place)
+        capsys.readouterr()
+        run("generate", file_of(name), *place, "--prompt=the cat", "--tokens=12", "--greedy")
+    out = capsys.readouterr().out
+    assert out.startswith("the cat") and len(out) > len("the cat\n")
+    (path,) = tmp_path.glob("evaluation-*.json")
+    check_evaluation(json.loads(path.read_text("utf-8")), lines[-1])
+
+
+def check_evaluation(scores: dict, last: dict) -> None:
+    assert scores["step"] == 20 and scores["tokens"] > 32 and scores["documents"] > 0
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    # Held out, but of the same few words: what training ended with is near.
+    assert scores["loss"] == pytest.approx(last["held_out_loss"], abs=0.5)
+    bits = scores["bits_per_byte"]
+    if bits is None:
+        assert "baselines" not in scores
+    else:
+        nats = scores["loss"] * scores["tokens"]
+        assert bits == pytest.approx(nats / math.log(2) / scores["bytes"])
+        assert set(scores["baselines"]) == {"unigram_bits_per_byte", "xz_bits_per_byte"}
+
+
+def test_golden_losses_are_of_the_files_that_exist():
+    assert sorted(json.loads(GOLDEN.read_text("utf-8"))) == FILES
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        corpus = write_text(Path(folder))
+        for stem in FILES:
+            with one_device():
+                found[stem] = marks(train_tiny(stem, Path(folder, stem), corpus))
+    print(json.dumps(found, indent=1))
