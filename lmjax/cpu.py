@@ -8,6 +8,7 @@ to the kernel, which returns it as fresh pages in the next step.
 
 import ctypes
 import platform
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,3 +71,32 @@ def _product_backward(saved: Any, gradient_NF: jax.Array) -> tuple[jax.Array, ja
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> Any:
+    """Layer norm whose backward pass finds its input and statistics in memory, nothing else."""
+    return _layer_norm_forward(x_BLD, scale_D, bias_D, epsilon)[0]
+
+
+def _layer_norm_forward(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float):
+    mean_BL1 = x_BLD.mean(-1, keepdims=True)
+    variance_BL1 = jnp.square(x_BLD - mean_BL1).mean(-1, keepdims=True)
+    statistics = (mean_BL1, jax.lax.rsqrt(variance_BL1 + epsilon))
+    mean_BL1, rate_BL1 = statistics = jax.lax.optimization_barrier(statistics)
+    y_BLD = (x_BLD - mean_BL1) * (rate_BL1 * scale_D[None, None]) + bias_D[None, None]
+    return y_BLD, (x_BLD, statistics, scale_D)
+
+
+def _layer_norm_backward(epsilon: float, saved: Any, gradient_BLD: jax.Array):
+    x_BLD, (mean_BL1, rate_BL1), scale_D = saved
+    gradient_BLD = jax.lax.optimization_barrier(gradient_BLD)
+    unit_BLD = (x_BLD - mean_BL1) * rate_BL1
+    scaled_BLD = gradient_BLD * scale_D[None, None]
+    means = (scaled_BLD.mean(-1, keepdims=True), (scaled_BLD * unit_BLD).mean(-1, keepdims=True))
+    shift_BL1, slope_BL1 = jax.lax.optimization_barrier(means)
+    x_grad_BLD = rate_BL1 * (scaled_BLD - shift_BL1 - unit_BLD * slope_BL1)
+    return x_grad_BLD, (gradient_BLD * unit_BLD).sum((0, 1)), gradient_BLD.sum((0, 1))
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -139,6 +139,26 @@ class Dense(nn.Module):
         return y + jnp.expand_dims(bias, tuple(range(len(rows))))
 
 
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension (Ba et al. 2016), in float32 whatever comes in."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """(B, L, D) to (B, L, D), in the dtype of x."""
+        scale_D = self.param("scale", nn.initializers.ones, x_BLD.shape[-1:])
+        bias_D = self.param("bias", nn.initializers.zeros, x_BLD.shape[-1:])
+        wide_BLD = x_BLD.astype(jnp.float32)
+        if cpu.alone():
+            y_BLD: Any = cpu.layer_norm(wide_BLD, scale_D, bias_D, self.epsilon)
+            return y_BLD.astype(x_BLD.dtype)
+        mean_BL1 = wide_BLD.mean(-1, keepdims=True)
+        variance_BL1 = jnp.square(wide_BLD - mean_BL1).mean(-1, keepdims=True)
+        rate_BLD = jax.lax.rsqrt(variance_BL1 + self.epsilon) * scale_D[None, None]
+        return ((wide_BLD - mean_BL1) * rate_BLD + bias_D[None, None]).astype(x_BLD.dtype)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to q, k and v."""
 

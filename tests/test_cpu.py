@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmjax import cpu, sharding
-from lmjax.layers import Dense, gelu_tanh
+from lmjax.layers import Dense, LayerNorm, gelu_tanh
 from lmjax.sharding import Layout
 
 
@@ -51,6 +51,29 @@ def test_dense_is_the_same_on_one_cpu_and_on_a_mesh(rows, contract: int, feature
     np.testing.assert_allclose(
         dense.apply(params, x), np.tensordot(x, kernel, contract) + np.asarray(bias), atol=1e-5
     )
+
+
+def test_layer_norm_is_the_same_on_one_cpu_and_on_a_mesh():
+    x, norm = draw(2, 4, 16), LayerNorm(1e-5)
+    params = {"params": {"scale": 1 + draw(16), "bias": draw(16)}}
+
+    def value_and_gradients(params, x):
+        loss = lambda params, x: jnp.sin(norm.apply(params, x)).sum()  # noqa: E731
+        return norm.apply(params, x), jax.grad(loss, argnums=(0, 1))(params, x)
+
+    found = []
+    for size in (1, 2):
+        with sharding.use(Layout(size, 1, 1).mesh(jax.devices()[:size])):
+            found.append(jax.jit(value_and_gradients)(params, x))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    theirs = standardised(np.asarray(x, np.float64), 1e-5)
+    wanted = theirs * np.asarray(params["params"]["scale"]) + np.asarray(params["params"]["bias"])
+    np.testing.assert_allclose(found[0][0], wanted, atol=1e-5)
+
+
+def standardised(x: np.ndarray, epsilon: float) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
 
 
 def test_barriers_reach_the_program_that_runs():

@@ -5,7 +5,6 @@ Shapes: B batch, L length, D width, V vocabulary, H heads, S cache length, K hea
 """
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from lmjax.layers import (
     MLP,
     Batch,
     Dtype,
+    LayerNorm,
     Outputs,
     Readout,
     Remat,
@@ -45,9 +45,8 @@ class Block(nn.Module):
     def __call__(
         self, hidden_BLD: jax.Array, cache: Any = None, *, train: bool = False, **places: Any
     ) -> tuple[jax.Array, Any]:
-        width, dtype = hidden_BLD.shape[-1], hidden_BLD.dtype
-        norm = partial(nn.LayerNorm, epsilon=1e-5, dtype=dtype, use_fast_variance=False)
-        norm_1, norm_2 = norm(name="norm_1"), norm(name="norm_2")
+        width = hidden_BLD.shape[-1]
+        norm_1, norm_2 = LayerNorm(1e-5, name="norm_1"), LayerNorm(1e-5, name="norm_2")
         drop = nn.Dropout(self.dropout, deterministic=not train)
         attend = SelfAttention(
             self.heads, True, 0.02, self.out_std, self.attention_dropout, self.kernel,
@@ -113,7 +112,8 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int) -> int:
         """Training FLOPs per token: 6 N + 12 N_layers · D · L (Chowdhery et al. 2022, appendix B).
 
-        N are the parameters that are multiplied with: all but the positions.
+        N are the parameters that are multiplied with: all but the positions, unless they are rows
+        of the readout.
         """
         block = 12 * self.width**2 + 13 * self.width
         final = 2 * self.width if self.norm == "pre" else 0
@@ -163,8 +163,7 @@ class GPT(nn.Module):
             states=states, remat=self.remat, unroll=self.unroll, train=train, **places,
         )  # fmt: skip
         if self.norm == "pre":
-            final = nn.LayerNorm(1e-5, dtype=dtype, use_fast_variance=False, name="final_norm")
-            hidden_BLD = final(hidden_BLD)
+            hidden_BLD = LayerNorm(1e-5, name="final_norm")(hidden_BLD)
         if cache is not None:
             cache = {"offset": cache["offset"] + tokens_BL.shape[1], "layers": layers}
         return Outputs(hidden_BLD, Readout(table_VD, rows=rows), states_NBLD, cache)
