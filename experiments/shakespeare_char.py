@@ -7,9 +7,9 @@
 Wants tinyshakespeare (1,115,394 characters) as `input.txt`; any text file will do. The first 90 %
 of the characters train and the rest validates: 1,003,854 / 111,540. 4 layers, 4 heads, width 128,
 context 64, batch 12, 2,000 steps, no dropout. nanoGPT reports a validation loss of 1.88 nats per
-character; here 1.890, in 80 s on 2 CPU cores (benchmarks/RESULTS.md). Differences: windows tile the text, at another offset
-and in another order each epoch, instead of being drawn with replacement, and the table has one
-more row, for characters that training has not seen.
+character; here 1.890, in 80 s on 2 CPU cores (benchmarks/RESULTS.md). Differences: windows tile the
+text, at another offset and in another order each epoch, instead of being drawn with replacement,
+and the table has one more row, for characters that training has not seen.
 """
 
 from lmjax.data import Data
