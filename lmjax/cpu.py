@@ -36,7 +36,8 @@ def compiler_options() -> dict[str, str] | None:
 def keep_freed_memory() -> None:
     """Makes glibc keep what is freed, for the next step to take; where it is not glibc, nothing.
 
-    The process then holds its peak until it ends.
+    The process then holds its peak until it ends. To be called before JAX starts its threads, which
+    choose where they allocate when they begin.
     """
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in _MALLOC.values():
