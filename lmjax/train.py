@@ -41,7 +41,7 @@ def train(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(workdir)
-    if jax.config.jax_platforms == "cpu":
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
     with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
         run.plan().check(run.accumulate)
