@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from commands import DEMO, lmjax
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -251,3 +252,12 @@ def test_a_damaged_tfds_dataset_is_named(tmp_path: Path):
     shard.write_bytes(shard.read_bytes()[:3000])
     with pytest.raises(BadFile, match="tfds:little_notes in .*'train' cannot be read"):
         list(TFDS("little_notes", "note", str(tmp_path / "tfds")).documents(Report()))
+
+
+def test_a_run_trains_from_a_tfds_dataset_and_scores_its_own_test_split(tmp_path: Path):
+    run(BUILDER, tmp_path / "tfds", "train,validation,test")
+    keys = ("--data.corpus=tfds:little_notes", "--data.corpus.field=note")
+    keys += (f"--data.corpus.data_dir={tmp_path / 'tfds'}", f"--workdir={tmp_path / 'run'}")
+    lmjax("train", DEMO, "--tiny", "--steps=2", "--data.examples.length=16", *keys)
+    out, _ = lmjax("evaluate", DEMO, "--tiny", f"--workdir={tmp_path / 'run'}")
+    assert "test split at step 2" in out and "7 documents" in out
