@@ -77,14 +77,17 @@ product.defvjp(_product_forward, _product_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> Any:
     """Layer norm whose backward pass finds its input and statistics in memory, nothing else."""
-    return _layer_norm_forward(x_BLD, scale_D, bias_D, epsilon)[0]
+    return layer_norm_forward(x_BLD, scale_D, bias_D, epsilon)[0]
 
 
-def _layer_norm_forward(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float):
+def layer_norm_forward(
+    x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float
+) -> tuple[jax.Array, Any]:
+    """The plain formula, good for any platform, and what `layer_norm` saves of it."""
     mean_BL1 = x_BLD.mean(-1, keepdims=True)
     variance_BL1 = jnp.square(x_BLD - mean_BL1).mean(-1, keepdims=True)
     statistics = (mean_BL1, jax.lax.rsqrt(variance_BL1 + epsilon))
-    mean_BL1, rate_BL1 = statistics = jax.lax.optimization_barrier(statistics)
+    mean_BL1, rate_BL1 = statistics = hold(statistics)
     y_BLD = (x_BLD - mean_BL1) * (rate_BL1 * scale_D[None, None]) + bias_D[None, None]
     return y_BLD, (x_BLD, statistics, scale_D)
 
@@ -100,4 +103,4 @@ def _layer_norm_backward(epsilon: float, saved: Any, gradient_BLD: jax.Array):
     return x_grad_BLD, (gradient_BLD * unit_BLD).sum((0, 1)), gradient_BLD.sum((0, 1))
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+layer_norm.defvjp(layer_norm_forward, _layer_norm_backward)

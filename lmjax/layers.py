@@ -150,13 +150,12 @@ class LayerNorm(nn.Module):
         scale_D = self.param("scale", nn.initializers.ones, x_BLD.shape[-1:])
         bias_D = self.param("bias", nn.initializers.zeros, x_BLD.shape[-1:])
         wide_BLD = x_BLD.astype(jnp.float32)
+        y_BLD: Any
         if cpu.alone():
-            y_BLD: Any = cpu.layer_norm(wide_BLD, scale_D, bias_D, self.epsilon)
-            return y_BLD.astype(x_BLD.dtype)
-        mean_BL1 = wide_BLD.mean(-1, keepdims=True)
-        variance_BL1 = jnp.square(wide_BLD - mean_BL1).mean(-1, keepdims=True)
-        rate_BLD = jax.lax.rsqrt(variance_BL1 + self.epsilon) * scale_D[None, None]
-        return ((wide_BLD - mean_BL1) * rate_BLD + bias_D[None, None]).astype(x_BLD.dtype)
+            y_BLD = cpu.layer_norm(wide_BLD, scale_D, bias_D, self.epsilon)
+        else:
+            y_BLD, _ = cpu.layer_norm_forward(wide_BLD, scale_D, bias_D, self.epsilon)
+        return y_BLD.astype(x_BLD.dtype)
 
 
 class SelfAttention(nn.Module):
