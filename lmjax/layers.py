@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that model families share, and the contract between a model and a loss.
+"""Layers that model families share, and the contract between a model and a loss.
 
-Shapes: B batch, L length, D width, H heads, K head width, F inner width, V vocabulary.
+Shapes: B batch, L length, D width, V vocabulary; N layers and one.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -13,14 +13,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lmjax import cpu, sharding
-from lmjax.attention import Kernel, attention
 
 Batch = Mapping[str, jax.Array]
-Remat = Literal["none", "names", "full"]
+Activation = Literal["gelu_tanh", "gelu_erf", "relu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -46,12 +44,18 @@ class Readout:
 
 @flax.struct.dataclass
 class Outputs:
-    """What a model returns: final hidden states, a readout, and on request the rest."""
+    """What a model returns: final hidden states, a readout, and on request the rest.
+
+    `heads` holds what a family computes beside them, by name; of encoders: masked_BPE (what the
+    readout scores), pooled_BCD and pair_BCT of sentence pairs, sequence_BCT, token_BLT of
+    classifiers, replaced_BL and is_replaced_BL of ELECTRA (T classes).
+    """
 
     hidden_BLD: jax.Array
     readout: Readout
     states_NBLD: jax.Array | None = None  # embeddings and every layer's output
     cache: Any = None
+    heads: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 def compute_dtype(dtype: Dtype) -> jnp.dtype:
@@ -66,11 +70,18 @@ def padded(rows: int, multiple: int = 128) -> int:
     return -(-rows // multiple) * multiple
 
 
-def padded_normal(std: float, rows: int) -> nn.initializers.Initializer:
-    """N(0, std²) in the first `rows` rows and zeros in the padding after them."""
+def normal(std: float, truncated: bool = False) -> nn.initializers.Initializer:
+    """N(0, std²); truncated at 2 std as TensorFlow does, which leaves a deviation of 0.88 std."""
+    # JAX's truncated_normal, too, takes the deviation of the normal that is cut.
+    kind = nn.initializers.truncated_normal if truncated else nn.initializers.normal
+    return kind(std)
+
+
+def padded_normal(std: float, rows: int, truncated: bool = False) -> nn.initializers.Initializer:
+    """`normal` in the first `rows` rows and zeros in the padding after them."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        values = std * jax.random.normal(key, shape, dtype)
+        values = normal(std, truncated)(key, shape, dtype)
         return jnp.where(jnp.arange(shape[0])[:, None] < rows, values, 0)
 
     return init
@@ -117,19 +128,28 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Dense(nn.Module):
-    """x W + b over the last `contract` dimensions of x, which become `features`."""
+    """x W + b over the last `contract` dimensions of x, which become `features`.
+
+    `at_rest`: the weights are as they rest on the mesh; a stack hands out gathered ones.
+    """
 
     features: tuple[int, ...]
     init_std: float
     contract: int = 1
+    truncated: bool = False
+    at_rest: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., *inputs) to (..., *features), in the dtype of x."""
         rows, inputs = x.shape[: -self.contract], x.shape[-self.contract :]
-        init = nn.initializers.normal(self.init_std)
-        kernel = self.param("kernel", init, (*inputs, *self.features)).astype(x.dtype)
+        init = normal(self.init_std, self.truncated)
+        kernel = self.param("kernel", init, (*inputs, *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+        if self.at_rest:
+            name = f"{self.name}/kernel"
+            kernel = sharding.for_compute({name: kernel}, x.dtype)[name]
+        kernel = kernel.astype(x.dtype)
         if cpu.alone():
             flat = (math.prod(inputs), math.prod(self.features))
             y = cpu.product(cpu.hold(x).reshape(-1, flat[0]), kernel.reshape(flat))
@@ -158,143 +178,20 @@ class LayerNorm(nn.Module):
         return y_BLD.astype(x_BLD.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) with one fused projection to q, k and v."""
-
-    heads: int
-    causal: bool
-    init_std: float
-    out_std: float
-    dropout: float = 0.0
-    kernel: Kernel = "auto"
-
-    @nn.compact
-    def __call__(
-        self,
-        hidden_BLD: jax.Array,
-        cache: Any = None,
-        *,
-        segments_BL: jax.Array | None = None,
-        offset: jax.Array | None = None,
-        train: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """Returns the mixed states (B, L, D) and the cache with this call's keys and values."""
-        width = hidden_BLD.shape[-1]
-        # A plain matrix product to (B, L, 3, H, K): moving the heads out is cheaper apart.
-        into = Dense((3, self.heads, width // self.heads), self.init_std, name="qkv")
-        qkv = jnp.moveaxis(into(hidden_BLD), (2, 3), (0, 2))
-        query, key, value = checkpoint_name(qkv, "qkv")
-        if cache is not None:
-            assert offset is not None, "a cache comes with the place of its next key"
-            at = (0, 0, offset, 0)
-            key = jax.lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), at)
-            value = jax.lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), at)
-            cache = (key, value)
-        mixed_BHLK = attention(
-            query,
-            key,
-            value,
-            causal=self.causal,
-            segments_BL=segments_BL,
-            offset=offset,
-            dropout=self.dropout,
-            dropout_key=self.make_rng("dropout") if train and self.dropout else None,
-            kernel=self.kernel,
-        )
-        out = Dense((width,), self.out_std, contract=2, name="out")
-        return out(jnp.moveaxis(mixed_BHLK, 1, 2)), cache
+def _gelu(approximate: bool, docstring: str) -> Callable[[jax.Array], jax.Array]:
+    """A GELU whose backward pass keeps x alone, where JAX's would keep every intermediate."""
+    plain = partial(nn.gelu, approximate=approximate)
+    gelu = jax.custom_vjp(lambda x: plain(x))
+    gelu.defvjp(lambda x: (plain(x), x), lambda x, gradient: jax.vjp(plain, x)[1](gradient))
+    gelu.__doc__ = docstring
+    return gelu
 
 
-class MLP(nn.Module):
-    """Two dense layers with an activation between: D → F → D."""
+gelu_tanh = _gelu(True, "x Φ(x) by the tanh formula (Hendrycks & Gimpel 2016).")
+gelu_erf = _gelu(False, "x Φ(x) to the letter.")
 
-    inner: int
-    activation: Literal["gelu_tanh", "gelu_erf", "relu"]
-    init_std: float
-    out_std: float
-
-    @nn.compact
-    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        """(B, L, D) to (B, L, D)."""
-        up_BLF = Dense((self.inner,), self.init_std, name="up")(hidden_BLD)
-        up_BLF = ACTIVATIONS[self.activation](checkpoint_name(up_BLF, "up"))
-        return Dense(hidden_BLD.shape[-1:], self.out_std, name="down")(up_BLF)
-
-
-@jax.custom_vjp
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """x Φ(x) by the tanh formula (Hendrycks & Gimpel 2016); its backward pass keeps x alone."""
-    return nn.gelu(x, approximate=True)
-
-
-def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return jax.vjp(partial(nn.gelu, approximate=True), x)[1](gradient)
-
-
-gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_backward)
-
-ACTIVATIONS = {
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": gelu_tanh,
-    "gelu_erf": partial(nn.gelu, approximate=False),
+    "gelu_erf": gelu_erf,
     "relu": nn.relu,
 }
-
-_POLICIES = {
-    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "up"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def stack_init(block: nn.Module, depth: int, width: int) -> Any:
-    """An initialiser of `depth` blocks whose parameters carry a leading dimension of that size."""
-    hidden_BLD = jnp.zeros((1, 1, width))
-
-    def init(key: jax.Array) -> Any:
-        one = lambda key: block.init(key, hidden_BLD)["params"]  # noqa: E731
-        return jax.vmap(one)(jax.random.split(key, depth))
-
-    return init
-
-
-def stack_apply(
-    block: nn.Module,
-    params: Any,
-    hidden_BLD: jax.Array,
-    caches: Any = None,
-    *,
-    dropout_key: jax.Array | None = None,
-    states: bool = False,
-    remat: Remat = "none",
-    unroll: int = 0,
-    **shared: Any,
-) -> tuple[jax.Array, jax.Array | None, Any]:
-    """Runs a stack of blocks as one scan, so that compile time does not grow with depth.
-
-    Args:
-      block: `block.apply({"params": …}, hidden, cache, **shared) → (hidden, cache)`.
-      caches: per-layer caches with a leading depth dimension, or None.
-      states: also return the input and every block's output, (depth + 1, B, L, D).
-      remat: what the backward pass recomputes: nothing, all but named tensors, or everything.
-      unroll: blocks per loop iteration; 0 chooses (all of them on a CPU, where loops cost).
-    """
-    depth = jax.tree.leaves(params)[0].shape[0]
-    keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
-
-    def layer(hidden_BLD: jax.Array, inputs: Any) -> Any:
-        weights, cache, key = inputs
-        weights = sharding.for_compute(weights, hidden_BLD.dtype)
-        rngs = None if key is None else {"dropout": key}
-        variables = {"params": weights}
-        hidden_BLD, cache = block.apply(variables, hidden_BLD, cache, rngs=rngs, **shared)
-        hidden_BLD = sharding.split_batch(hidden_BLD)
-        hidden_BLD = cpu.hold(hidden_BLD)
-        return hidden_BLD, (hidden_BLD if states else None, cache)
-
-    unroll = unroll or (1 if sharding.platform() == "tpu" else min(depth, 12))
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=_POLICIES[remat], prevent_cse=False)
-    final_BLD, (each, caches) = jax.lax.scan(
-        layer, hidden_BLD, (params, caches, keys), unroll=min(unroll, depth)
-    )
-    states_NBLD = jnp.concatenate([hidden_BLD[None], each]) if states else None
-    return final_BLD, states_NBLD, caches

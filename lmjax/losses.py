@@ -2,12 +2,17 @@
 """Losses: `loss(outputs, batch) → {name: (sum, weight)}`, sums and weights, never means.
 
 Sums are added over microbatches, devices and hosts first and divided last, so that padding,
-gradient accumulation and the number of devices leave the value unchanged.
+gradient accumulation and the number of devices leave the value unchanged. What is minimised is
+`total` of the means: the sum of those that are called loss or …_loss; the others only report. A
+loss that weighs them in another way has a method `total` of its own.
 
-Shapes: B batch, L length, D width, V vocabulary; in a shard and chunk: N tokens.
+Shapes: B batch, L length, D width, V vocabulary; P scored tokens and C sequences of a row, T
+classes; in a shard and chunk: N tokens.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +36,73 @@ def next_token(outputs: Outputs, batch: Batch) -> Sums:
     nll, hits = cross_entropy(outputs.hidden_BLD, outputs.readout, batch["targets_BL"], weights_BL)
     weight = weights_BL.sum()
     return {"loss": (nll, weight), "accuracy": (jax.lax.stop_gradient(hits), weight)}
+
+
+def masked_token(outputs: Outputs, batch: Batch) -> Sums:
+    """Cross-entropy of the original tokens at `masked_BP`, in nats, and the share of hits."""
+    weights_BP = batch["weights_BP"]
+    scored_BPE = outputs.heads["masked_BPE"]
+    nll, hits = cross_entropy(scored_BPE, outputs.readout, batch["targets_BP"], weights_BP)
+    weight = weights_BP.sum()
+    hits = jax.lax.stop_gradient(hits)
+    return {"masked_loss": (nll, weight), "masked_accuracy": (hits, weight)}
+
+
+def pair(outputs: Outputs, batch: Batch) -> Sums:
+    """Cross-entropy of each pair's label (next sentence, or order), and the share of hits."""
+    scores_BCT, labels_BC = outputs.heads["pair_BCT"], batch["pairs_BC"]
+    nll, hits, weight = classes(scores_BCT, labels_BC, batch["pair_weights_BC"])
+    return {"pair_loss": (nll, weight), "pair_accuracy": (hits, weight)}
+
+
+def masked_token_and_pair(outputs: Outputs, batch: Batch) -> Sums:
+    """BERT's objective: masked tokens, and sentence pairs (Devlin et al. 2018)."""
+    return {**masked_token(outputs, batch), **pair(outputs, batch)}
+
+
+def classes(
+    scores_BCT: jax.Array, labels_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weighted sums of −log softmax(scores)[label] and of hits, and the weight; few classes."""
+    log_probs_BCT = jax.nn.log_softmax(scores_BCT, axis=-1)
+    nll_BC = -jnp.take_along_axis(log_probs_BCT, labels_BC[..., None], axis=-1)[..., 0]
+    hits_BC = (scores_BCT.argmax(-1) == labels_BC).astype(jnp.float32)
+    return (nll_BC * weights_BC).sum(), (hits_BC * weights_BC).sum(), weights_BC.sum()
+
+
+@dataclass(frozen=True)
+class ReplacedToken:
+    """ELECTRA's objective: masked tokens for the generator and, `weight` times, replaced tokens
+    for the discriminator, on every token that is not padding (Clark et al. 2020).
+    """
+
+    weight: float = 50.0
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> Sums:
+        """Cross-entropies in nats, and the shares of hits; a score above 0 says replaced."""
+        scores_BL, replaced_BL = outputs.heads["replaced_BL"], outputs.heads["is_replaced_BL"]
+        real_BL = (batch["segments_BL"] > 0).astype(jnp.float32)
+        wrong_BL = replaced_BL.astype(jnp.float32)
+        nll_BL = jax.nn.softplus(scores_BL) - wrong_BL * scores_BL
+        hits_BL = ((scores_BL > 0) == (replaced_BL > 0)).astype(jnp.float32)
+        count = real_BL.sum()
+        return {
+            **masked_token(outputs, batch),
+            "replaced_loss": ((nll_BL * real_BL).sum(), count),
+            "replaced_accuracy": ((hits_BL * real_BL).sum(), count),
+            "replaced_share": ((wrong_BL * real_BL).sum(), count),
+        }
+
+    def total(self, means: Mapping[str, Any]) -> Any:
+        """What is minimised, of the means."""
+        return means["masked_loss"] + self.weight * means["replaced_loss"]
+
+
+def total(means: Mapping[str, Any]) -> Any:
+    """The sum of the means that are losses: what is minimised, unless the loss says otherwise."""
+    losses = [value for name, value in means.items() if f"_{name}".endswith("_loss")]
+    assert losses, f"none of {', '.join(means)} is called a loss"
+    return sum(losses)
 
 
 def cross_entropy(

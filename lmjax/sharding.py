@@ -29,15 +29,18 @@ BATCH_AXES = (DATA, FSDP)
 # (parameter path, how its last dimensions are split). Leading ones (stacked layers) are whole.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", (TENSOR, FSDP)),
-    (r"positions$", (None, FSDP)),
+    (r"(positions|types)$", (None, FSDP)),
     (r"qkv/kernel$", (FSDP, None, TENSOR, None)),
     (r"qkv/bias$", (None, TENSOR, None)),
     (r"attention/out/kernel$", (TENSOR, None, FSDP)),
     (r"up/kernel$", (FSDP, TENSOR)),
     (r"up/bias$", (TENSOR,)),
     (r"down/kernel$", (TENSOR, FSDP)),
-    (r"(out|down)/bias$", (None,)),
-    (r"norm\w*/(scale|bias)$", (None,)),
+    (r"(project|pooler|transform|dense)/kernel$", (FSDP, TENSOR)),
+    (r"(pair|sequence|token|replaced)/kernel$", (FSDP, None)),  # a class is a column
+    (r"output_bias$", (TENSOR,)),
+    (r"bias$", (None,)),
+    (r"norm\w*/scale$", (None,)),
 )
 
 
@@ -202,7 +205,7 @@ def for_compute(params: Any, dtype: jnp.dtype) -> Any:
 
     def prepare(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         name = path_of(path)
-        is_matrix = re.search(r"(kernel|embedding|positions)$", name)
+        is_matrix = re.search(r"(kernel|embedding|positions|types)$", name)
         return gather(x.astype(dtype) if is_matrix else x, spec(name, x.shape))
 
     return jax.tree_util.tree_map_with_path(prepare, params)

@@ -12,7 +12,7 @@ import optax
 
 from lmjax import cpu, sharding
 from lmjax.layers import Batch, Outputs
-from lmjax.losses import Sums
+from lmjax.losses import Sums, total
 
 Loss = Callable[[Outputs, Batch], Sums]
 
@@ -32,9 +32,9 @@ TrainStep = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 def init_params(model: nn.Module, seed: int) -> Any:
     """The parameters before step 0."""
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    example = {"tokens_BL": tokens_BL, "positions_BL": tokens_BL, "segments_BL": tokens_BL}
-    return model.init(jax.random.key(seed), example)["params"]
+    ints = jnp.zeros((1, 1), jnp.int32)
+    names = ("tokens_BL", "positions_BL", "segments_BL", "types_BL", "masked_BP", "firsts_BC")
+    return model.init(jax.random.key(seed), dict.fromkeys(names, ints))["params"]
 
 
 def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int) -> State:
@@ -84,24 +84,28 @@ def make_train_step(
 ) -> TrainStep:
     """`train_step(state, batch) → (state, metrics)`, to be jitted with the state donated.
 
-    The objective is the sum of the means of all losses; entries whose sum does not depend on the
-    parameters (counts of hits) only report.
+    The metrics are the loss's means, their total as `loss`, the norm of its gradient before
+    clipping, and the learning rate.
 
     Args:
       accumulate: microbatches per step; only memory depends on it.
     """
 
     def sums(params: Any, batch: Batch, key: jax.Array) -> Sums:
-        outputs: Any = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
+        outputs: Any = model.apply({"params": params}, batch, train=True, rngs=rngs)
         return loss(outputs, batch)
+
+    whole = total_of(loss)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        means, gradients = _gradients(sums, state.params, batch, key, accumulate)
+        means, gradients = _gradients(sums, whole, state.params, batch, key, accumulate)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**means, "gradient_norm": norm, "learning_rate": schedule(state.step)}
+        metrics = {"loss": whole(means), **means, "gradient_norm": norm}
+        metrics["learning_rate"] = schedule(state.step)
         return State(state.step + 1, params, opt_state, state.carry), metrics
 
     return train_step
@@ -123,15 +127,20 @@ def jit_train_step(step: TrainStep, state: State) -> TrainStep:
 
 
 def _gradients(
-    sums: Callable[..., Sums], params: Any, batch: Batch, key: jax.Array, accumulate: int
+    sums: Callable[..., Sums],
+    whole: Callable[[dict[str, jax.Array]], jax.Array],
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
 ) -> tuple[dict[str, jax.Array], Any]:
-    """Means of all losses over the whole batch, and the gradient of their sum."""
+    """Means of everything over the whole batch, and the gradient of their total."""
 
     def objective(params: Any, batch: Batch, key: jax.Array, weights: Any) -> Any:
         parts = sums(params, batch, key)
         weights = {name: w for name, (_, w) in parts.items()} if weights is None else weights
         means = {name: s / jnp.maximum(weights[name], 1) for name, (s, _) in parts.items()}
-        return jnp.sum(jnp.stack(list(means.values()))), means
+        return whole(means), means
 
     differentiate = jax.grad(objective, has_aux=True)
     if accumulate == 1:
@@ -159,11 +168,17 @@ def _microbatches(x: jax.Array, count: int) -> jax.Array:
     return sharding.constrain(x, None, sharding.BATCH_AXES, *([None] * (x.ndim - 2)))
 
 
+def total_of(loss: Loss) -> Callable[[Any], Any]:
+    """What makes one number to minimise of a loss's means."""
+    return getattr(loss, "total", total)
+
+
 def make_eval_step(model: nn.Module, loss: Loss) -> Callable[[Any, Batch], Sums]:
     """`eval_step(params, batch) → {name: (sum, weight)}`."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        outputs: Any = model.apply({"params": params}, batch)
+        # One set of draws for every batch: what is scored is the same at each evaluation.
+        outputs: Any = model.apply({"params": params}, batch, rngs={"sample": jax.random.key(0)})
         return loss(outputs, batch)
 
     return eval_step

@@ -24,6 +24,8 @@ FLOORS = (
     "cpu",
     "attention",
     "layers",
+    "blocks",
+    "encoder",
     "models.*",
     "losses",
     "examples.permutation",

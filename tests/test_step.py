@@ -185,8 +185,9 @@ def two_losses(outputs, batch):
     error = (outputs.hidden_BLD - batch["y"]) ** 2
     other = jnp.abs(outputs.hidden_BLD)
     return {
-        "squares": ((error * batch["a"]).sum(), batch["a"].sum()),
-        "sizes": ((other * batch["b"]).sum(), batch["b"].sum()),
+        "squares_loss": ((error * batch["a"]).sum(), batch["a"].sum()),
+        "sizes_loss": ((other * batch["b"]).sum(), batch["b"].sum()),
+        "only_reported": ((other * batch["a"]).sum(), batch["a"].sum()),
     }
 
 
@@ -203,17 +204,39 @@ def test_the_objective_is_the_sum_of_means_over_the_whole_batch(accumulate: int)
     gradient = (2 * x * (x * 0.5 - y) * a).sum() / a.sum() + (np.abs(x) * b).sum() / b.sum()
 
     after, metrics = linear_step(accumulate)(linear_state(), batch)
-    np.testing.assert_allclose(metrics["squares"], squares, rtol=1e-6)
-    np.testing.assert_allclose(metrics["sizes"], sizes, rtol=1e-6)
+    np.testing.assert_allclose(metrics["squares_loss"], squares, rtol=1e-6)
+    np.testing.assert_allclose(metrics["sizes_loss"], sizes, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], squares + sizes, rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], abs(gradient), rtol=1e-6)
     np.testing.assert_allclose(after.params["w"], 0.5 - 0.1 * gradient, rtol=1e-6)
     assert after.step == 1 and metrics["learning_rate"] == np.float32(0.1)
 
 
+class Weighted:
+    """Two losses that say themselves how they are weighed."""
+
+    def __call__(self, outputs, batch):
+        return two_losses(outputs, batch)
+
+    def total(self, means):
+        return 50 * means["squares_loss"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_may_weigh_its_means(accumulate: int):
+    x = np.arange(1.0, 13.0, dtype=np.float32).reshape(4, 3)
+    batch = {"x": x, "y": 2 * x, "a": np.ones_like(x), "b": np.ones_like(x)}
+    _, metrics = linear_step(accumulate, loss=Weighted())(linear_state(), batch)
+    squares, gradient = (1.5 * x) ** 2, 2 * x * -1.5 * x
+    np.testing.assert_allclose(metrics["squares_loss"], squares.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], 50 * squares.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradient_norm"], 50 * abs(gradient.mean()), rtol=1e-6)
+
+
 def test_a_batch_of_weight_zero_gives_no_number_that_is_not_one():
     batch = {k: np.zeros((4, 3), np.float32) for k in "xyab"}
     after, metrics = linear_step()(linear_state(), batch)
-    assert after.params["w"] == 0.5 and metrics["squares"] == 0 and metrics["gradient_norm"] == 0
+    assert after.params["w"] == 0.5 and metrics["squares_loss"] == 0 and metrics["gradient_norm"] == 0
 
 
 # --- the state ------------------------------------------------------------------------------------
@@ -241,7 +264,7 @@ def test_randomness_follows_the_seed_and_the_step():
     batch = {k: np.ones((4, 3), np.float32) for k in "xyab"}
 
     def loss(step: int, seed: int = 0) -> float:
-        return float(linear_step(seed=seed, noise=1.0)(linear_state(step), batch)[1]["squares"])
+        return float(linear_step(seed=seed, noise=1.0)(linear_state(step), batch)[1]["squares_loss"])
 
     assert loss(0) == loss(0) and len({loss(0), loss(1), loss(2), loss(0, seed=1)}) == 4
 
@@ -251,13 +274,13 @@ def test_microbatches_draw_their_own_randomness():
 
     def noise_of_rows(outputs, batch):
         rows = outputs.hidden_BLD.sum(axis=1)
-        return {"third moment": ((rows**3).sum(), jnp.float32(rows.size))}
+        return {"third_loss": ((rows**3).sum(), jnp.float32(rows.size))}
 
     alike = linear_step(2, noise=1.0, loss=noise_of_rows)(linear_state(), batch)[1]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
     rows = [(0.5 + jax.random.normal(key, (2, 3))).sum(axis=1) for key in keys]
     assert not np.allclose(rows[0], rows[1])
-    np.testing.assert_allclose(alike["third moment"], (np.stack(rows) ** 3).mean(), rtol=1e-5)
+    np.testing.assert_allclose(alike["third_loss"], (np.stack(rows) ** 3).mean(), rtol=1e-5)
 
 
 def test_evaluation_gives_sums_and_weights_without_dropout():

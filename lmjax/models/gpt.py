@@ -8,59 +8,22 @@ import math
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lmjax import sharding
 from lmjax.attention import Kernel
+from lmjax.blocks import Block, Remat, stack_apply, stack_init
 from lmjax.layers import (
-    MLP,
     Batch,
     Dtype,
     LayerNorm,
     Outputs,
     Readout,
-    Remat,
-    SelfAttention,
     compute_dtype,
     embed,
     padded,
     padded_normal,
-    stack_apply,
-    stack_init,
 )
-
-
-class Block(nn.Module):
-    """Attention and MLP, each with a residual and a norm before (GPT-2, 3) or after it (GPT-1)."""
-
-    heads: int
-    norm: Literal["pre", "post"]
-    dropout: float
-    attention_dropout: float
-    out_std: float
-    kernel: Kernel
-
-    @nn.compact
-    def __call__(
-        self, hidden_BLD: jax.Array, cache: Any = None, *, train: bool = False, **places: Any
-    ) -> tuple[jax.Array, Any]:
-        width = hidden_BLD.shape[-1]
-        norm_1, norm_2 = LayerNorm(1e-5, name="norm_1"), LayerNorm(1e-5, name="norm_2")
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        attend = SelfAttention(
-            self.heads, True, 0.02, self.out_std, self.attention_dropout, self.kernel,
-            name="attention",
-        )  # fmt: skip
-        mlp = MLP(4 * width, "gelu_tanh", 0.02, self.out_std, name="mlp")
-
-        first_BLD = norm_1(hidden_BLD) if self.norm == "pre" else hidden_BLD
-        mixed_BLD, cache = attend(first_BLD, cache, train=train, **places)
-        hidden_BLD = hidden_BLD + drop(mixed_BLD)
-        if self.norm == "pre":
-            return hidden_BLD + drop(mlp(norm_2(hidden_BLD))), cache
-        hidden_BLD = norm_1(hidden_BLD)
-        return norm_2(hidden_BLD + drop(mlp(hidden_BLD))), cache
 
 
 class GPT(nn.Module):
@@ -152,8 +115,8 @@ class GPT(nn.Module):
 
         out_std = 0.02 / math.sqrt(2 * depth) if self.scale_residual_init else 0.02
         block = Block(
-            self.heads, self.norm, self.dropout, self.attention_dropout, out_std, self.kernel,
-            parent=None,
+            self.heads, 4 * self.width, "gelu_tanh", True, self.norm, 1e-5, 0.02, out_std,
+            self.dropout, self.attention_dropout, self.kernel, parent=None,
         )  # fmt: skip
         blocks = self.param("blocks", stack_init(block, depth, self.width))
         dropping = train and (self.dropout or self.attention_dropout)
