@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules, decay masks and updates equal their definitions."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,16 @@ import pytest
 from lmjax.batches import Plan, Ramp
 from lmjax.losses import next_token
 from lmjax.models.gpt import GPT
-from lmjax.optim import AdamW
+from lmjax.optim import LAMB, AdamW
 from lmjax.sharding import path_of
 from lmjax.step import abstract_params, init_state, make_train_step
 
 COSINE = AdamW(peak=1e-3, warmup=10, decay="cosine", floor=0.1)
+BERT = AdamW(
+    peak=1e-3, warmup=10, decay="linear", floor=0.0, count="before", decay_from="start",
+    b2=0.999, epsilon=1e-6, bias_correction=False, weight_decay=0.01,
+)  # fmt: skip
+SHARED = Path(__file__).parents[2] / "shared/data/fixtures/golden/bert_tf_tiny"
 
 
 def rates(optim: AdamW, updates: list[int], steps: int = 110, tokens=lambda s: s * 512):
@@ -80,6 +87,70 @@ def test_the_end_of_a_run_may_lie_beyond_32_bits_of_tokens():
     np.testing.assert_allclose(got, [1e-3, 5e-4, 0], rtol=1e-4, atol=1e-9)
 
 
+def test_the_rate_of_bert_is_counted_before_the_update_and_from_the_start():
+    got = rates(BERT, [1, 2, 10, 11, 12, 40, 41, 50], steps=40)
+    expected = [0, 1e-4, 9e-4, 1e-3 * 30 / 40, 1e-3 * 29 / 40, 1e-3 / 40, 0, 0]
+    np.testing.assert_allclose(got, expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [  # updates 5, 11 and 21 of 40; x = 5, 11, 21 or 4, 10, 20
+        ({"count": "before"}, [0.4, 1, 2 / 3]),
+        ({"decay_from": "start"}, [0.5, 29 / 40, 19 / 40]),
+        ({"decay_from": "start", "floor": 0.2}, [0.5, 0.2 + 0.8 * 29 / 40, 0.2 + 0.8 * 19 / 40]),
+        ({"decay_from": "start", "decay_until": 20}, [0.5, 9 / 20, 0]),
+        ({"decay_from": "start", "decay": "constant"}, [0.5, 1, 1]),
+        ({"count": "before", "warmup": 0}, [36 / 40, 30 / 40, 20 / 40]),
+    ],
+)
+def test_each_way_to_count_works_alone(options, expected):
+    optim = AdamW(**{"peak": 1.0, "warmup": 10, "decay": "linear", "floor": 0.0} | options)
+    np.testing.assert_allclose(rates(optim, [5, 11, 21], steps=40), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_tokens_are_counted_before_the_update_where_the_recipe_says():
+    optim = replace(BERT, warmup=10 * 64, unit="tokens")
+    plan = Plan(4, 16)
+    updates = [1, 2, 10, 11, 12, 40, 41]
+    got = rates(optim, updates, 40, plan.tokens_after)
+    np.testing.assert_allclose(got, rates(BERT, updates, 40), rtol=1e-6)
+
+
+def test_rates_equal_those_that_trained_the_original_bert():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    golden = json.loads((SHARED / "train_trajectory.json").read_text("utf-8"))
+    optim = replace(BERT, peak=golden["lr"], warmup=golden["num_warmup_steps"])
+    steps = golden["num_train_steps"]
+    expected = [step["lr"] for step in golden["steps"]]
+    assert len(expected) == steps == 40
+    updates = [step["step"] + 1 for step in golden["steps"]]
+    np.testing.assert_allclose(rates(optim, updates, steps), expected, rtol=3e-6)
+    with jax.enable_x64(True):  # the formula itself, without the rounding of float32
+        np.testing.assert_allclose(rates(optim, updates, steps), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("count", "befor", "optim.count=befor: allowed are after, before; did you mean before?"),
+        ("decay_from", "star", "optim.decay_from=star: allowed are .*; did you mean start?"),
+        ("decay", "polynomial", "optim.decay=polynomial: allowed are cosine, linear, constant$"),
+        ("unit", "step", "optim.unit=step: allowed are steps, tokens; did you mean steps?"),
+    ],
+)
+@pytest.mark.parametrize("optim", [COSINE, LAMB(peak=1e-3, warmup=10)])
+def test_unknown_choices_are_refused(optim, key, value, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        replace(optim, **{key: value})
+
+
+def test_lamb_checks_its_numbers_too():
+    with pytest.raises(ValueError, match="optim.epsilon=-1"):
+        LAMB(peak=1e-3, warmup=10, epsilon=-1)
+
+
 # --- decay ----------------------------------------------------------------------------------------
 
 
@@ -133,6 +204,20 @@ def test_the_recipe_chooses_what_is_decayed():
     assert decayed(gpt_params(), replace(COSINE, weight_decay=0.0)) == set()
 
 
+def test_the_recipe_lists_what_it_decays():
+    params = gpt_params()
+    listed = COSINE.decayed(params)
+    assert listed[0] == "blocks/attention/out/kernel" and set(listed) == decayed(params, COSINE)
+    everything = replace(COSINE, decay_parameters="")
+    assert len(everything.decayed(params)) == len(jax.tree.leaves(params)) > len(listed)
+
+
+def test_types_are_decayed_like_the_other_tables():
+    names = ("embedding", "positions", "types", "norm/scale", "norm/bias")
+    params = {"embeddings": {n: np.ones(2) for n in names}, "masked": {"output_bias": np.ones(2)}}
+    assert COSINE.decayed(params) == [f"embeddings/{n}" for n in names[:3]]
+
+
 # --- updates --------------------------------------------------------------------------------------
 
 
@@ -169,6 +254,109 @@ def test_updates_equal_adamw_by_hand(clip: float | None):
             decay = 0.3 * params[a][b] if b == "kernel" else 0
             params[a][b] = params[a][b] - rate * (m / (np.sqrt(v) + 1e-3) + decay)
             np.testing.assert_allclose(theirs[a][b], params[a][b], rtol=1e-6, atol=1e-6)
+
+
+# Names and shapes of both kinds: decayed (large for its gradients) and not.
+SMALL = {"embeddings": {"embedding": (5, 4)}, "pooler": {"kernel": (4, 4), "bias": (4,)}}
+
+
+def draw(shapes, seed: int, scale: float = 1.0):
+    """A tree of float64 arrays."""
+    random = np.random.default_rng(seed)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: scale * random.normal(size=s), shapes, is_leaf=is_shape)
+
+
+def descend(transform, shapes, steps: int):
+    """Float32 parameters after `steps` updates with gradients `draw(shapes, 1 + step, 0.5)`."""
+    params = jax.tree.map(jnp.float32, draw(shapes, 0))
+    state, update = transform.init(params), jax.jit(transform.update)
+    for step in range(steps):
+        gradients = jax.tree.map(jnp.float32, draw(shapes, 1 + step, 0.5))
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def by_hand(change, shapes, steps: int, clip: float = 1.0):
+    """What `descend` should give: {path: float64 array}.
+
+    Args:
+      change: (step, path, weight, gradient, [m, v]) to the new weight; writes the moments.
+    """
+    flat = lambda tree: {  # noqa: E731
+        path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    weights = flat(draw(shapes, 0))
+    moments = {path: [np.zeros_like(w), np.zeros_like(w)] for path, w in weights.items()}
+    for step in range(steps):
+        gradients = flat(draw(shapes, 1 + step, 0.5))
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        for path, g in gradients.items():
+            clipped = g * min(1, clip / norm)
+            weights[path] = change(step, path, weights[path], clipped, moments[path])
+    return weights
+
+
+def assert_same(params, expected, atol=1e-6):
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        np.testing.assert_allclose(x, expected[path_of(path)], rtol=1e-6, atol=atol)
+
+
+def bert_rate(step: int, peak: float = 1e-3, warmup: int = 10, steps: int = 40) -> float:
+    return peak * step / warmup if step < warmup else peak * (1 - step / steps)
+
+
+def test_updates_equal_those_of_berts_adam():
+    def change(step, path, w, g, moments):
+        moments[0] = 0.9 * moments[0] + 0.1 * g
+        moments[1] = 0.999 * moments[1] + 0.001 * g**2
+        update = moments[0] / (np.sqrt(moments[1]) + 1e-6)
+        if not path.endswith("bias"):
+            update = update + 0.01 * w
+        return w - bert_rate(step) * update
+
+    transform = BERT.transform(BERT.schedule(40, lambda s: s))
+    assert_same(descend(transform, SMALL, 40), by_hand(change, SMALL, 40))
+
+
+def test_updates_equal_those_of_ernies_adam():
+    """Paddle: correction in the rate, decay subtracted afterwards but from the weight before."""
+
+    def change(step, path, w, g, moments):
+        moments[0] = 0.9 * moments[0] + 0.1 * g
+        moments[1] = 0.999 * moments[1] + 0.001 * g**2
+        rate = bert_rate(step)
+        corrected = rate * np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        new = w - corrected * moments[0] / (np.sqrt(moments[1]) + 1e-8)
+        return new if path.endswith("bias") else new - w * 0.01 * rate
+
+    optim = replace(BERT, bias_correction=True, epsilon=1e-8)
+    transform = optim.transform(optim.schedule(40, lambda s: s))
+    assert_same(descend(transform, SMALL, 40), by_hand(change, SMALL, 40))
+
+
+def test_with_bias_correction_updates_equal_optax():
+    optim = replace(BERT, bias_correction=True, clip=None)
+    schedule = optim.schedule(40, lambda s: s)
+    mask = {"embeddings": {"embedding": True}, "pooler": {"kernel": True, "bias": False}}
+    theirs = optax.adamw(schedule, 0.9, 0.999, 1e-6, weight_decay=0.01, mask=mask)
+    got = descend(optim.transform(schedule), SMALL, 40)
+    jax.tree.map(np.testing.assert_array_equal, got, descend(theirs, SMALL, 40))
+    plain = replace(optim, bias_correction=False)
+    first, second = (descend(o.transform(schedule), SMALL, 5) for o in (optim, plain))
+    moved = abs(np.asarray(first["pooler"]["bias"] - second["pooler"]["bias"]))
+    assert moved.min() > 1e-4  # early updates are three times as long without it
+
+
+def test_with_and_without_bias_correction_the_state_is_the_same():
+    params = {"kernel": jnp.ones(2)}
+    states = [replace(BERT, bias_correction=b).transform(bert_rate).init(params) for b in (0, 1)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    transform = BERT.transform(lambda _: jnp.float32(0.1))
+    _, state = transform.update(params, states[0], params)
+    _, state = transform.update(params, state, params)
+    assert optax.tree.get(state[1], "count") == 2
 
 
 def test_padding_rows_stay_exactly_zero():
