@@ -68,7 +68,7 @@ def device_batches(make, batch: int, length: int, workers: int, repeats: int) ->
     plan, rates = Plan(batch, length), []
     steps = max(50, 8_000_000 // (batch * length))
     for _ in range(repeats):
-        source = batches(make, plan, 0, steps, workers)
+        source = batches((make,), plan, 0, steps, workers)
         for _ in range(10):  # starting the processes is not what is measured
             next(source)
         began = time.perf_counter()

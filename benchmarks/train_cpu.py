@@ -11,16 +11,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import time
+
+from benchmarks.sides import THREADS, interleave, serve
 
 SIZES = {
     "shakespeare": {"vocab": 65, "context": 64, "depth": 4, "width": 128, "heads": 4, "batch": 12},
     "width384": {"vocab": 65, "context": 256, "depth": 6, "width": 384, "heads": 6, "batch": 8},
 }
 STEPS = {"shakespeare": 40, "width384": 3}
-THREADS = 2
 
 
 def lmjax_side(size: dict[str, int]):
@@ -89,52 +87,10 @@ def torch_side(size: dict[str, int], compiled: bool):
     return run
 
 
-def serve(side: str, size: str) -> None:
-    """Answers each line `n` on standard input with the seconds that n steps took."""
-    run = lmjax_side(SIZES[size]) if side == "lmjax" else torch_side(SIZES[size], side == "compile")
-    run(2)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        run(int(line))
-        print(time.perf_counter() - began, flush=True)
-
-
-class Side:
-    """A process that serves one side."""
-
-    def __init__(self, side: str, size: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.train_cpu"]
-        command += [f"--serve={side}", f"--sizes={size}"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdin and self._process.stdout
-        self._in, self._out = self._process.stdin, self._process.stdout
-        if self._out.readline().strip() != "ready":
-            raise RuntimeError(f"{side} did not start")
-
-    def seconds(self, steps: int) -> float:
-        """Wall time of that many steps."""
-        print(steps, file=self._in, flush=True)
-        return float(self._out.readline())
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._in.close()
-        self._process.wait()
-
-
 def compare(size: str, pairs: int) -> dict[str, float | str]:
     """Medians of interleaved timings, and the ratio to the faster PyTorch."""
     names = ("lmjax", "eager", "compile")
-    sides = {name: Side(name, size) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(pairs):
-        for name in names:
-            seconds[name].append(sides[name].seconds(STEPS[size]))
-    for side in sides.values():
-        side.close()
+    seconds = interleave("benchmarks.train_cpu", names, size, STEPS[size], pairs)
     tokens = SIZES[size]["batch"] * SIZES[size]["context"] * STEPS[size]
     best = min(("eager", "compile"), key=lambda name: statistics.median(seconds[name]))
     ratios = [b / a for a, b in zip(seconds["lmjax"], seconds[best], strict=True)]
@@ -156,7 +112,9 @@ def main() -> None:
     parser.add_argument("--serve", default="")
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve, arguments.sizes)
+        size = SIZES[arguments.sizes]
+        lmjax = arguments.serve == "lmjax"
+        return serve(lmjax_side(size) if lmjax else torch_side(size, arguments.serve == "compile"))
     for size in arguments.sizes.split(","):
         print(json.dumps(compare(size, arguments.pairs)), flush=True)
 

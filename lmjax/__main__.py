@@ -187,6 +187,10 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
     parser.add_argument("--split", default="", help="default: test, or validation without one")
+    parser.add_argument(
+        "--pseudo", type=int, default=1024, metavar="N",
+        help="encoders: tokens that are masked one at a time, at most (default %(default)s)",
+    )  # fmt: skip
 
 
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
@@ -195,7 +199,8 @@ def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
 
     other = any(key.startswith("data.corpus") for key, _ in keys)
     corpus = run.data.corpus if other else None
-    evaluate(run, _folder("workdir", arguments.workdir), arguments.split, corpus)
+    workdir = _folder("workdir", arguments.workdir)
+    evaluate(run, workdir, arguments.split, corpus, arguments.pseudo)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -212,9 +217,13 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the draws")
 
 
+def _check_text(flag: str, text: str) -> None:
+    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds such bytes
+        raise ValueError(f"--{flag}={ascii(text)}: not valid UTF-8")
+
+
 def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
-    if any("\ud800" <= c <= "\udfff" for c in arguments.prompt):  # how Python holds such bytes
-        raise ValueError(f"--prompt={ascii(arguments.prompt)}: not valid UTF-8")
+    _check_text("prompt", arguments.prompt)
     run = _load_recorded(arguments, keys)
     from lmjax.generate import Sampling
     from lmjax.sample import sample
@@ -230,6 +239,47 @@ def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
         run, _folder("workdir", arguments.workdir), arguments.prompt, how,
         tokens=arguments.tokens, beams=arguments.beams, stop=arguments.stop,
     )  # fmt: skip
+
+
+def _fill_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("--text", required=True, help="a text with [MASK] where words are wanted")
+    parser.add_argument("--top", type=int, default=5, help="words a mask (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
+    _check_text("text", arguments.text)
+    run = _load_recorded(arguments, keys)
+    from lmjax.fill import fill
+
+    workdir = _folder("workdir", arguments.workdir)
+    fill(run, workdir, arguments.text, arguments.top, arguments.json)
+
+
+def _embed_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="one text")
+    source.add_argument("--file", metavar="FILE", help="a text a line; blank lines are left out")
+    add = parser.add_argument
+    add("--to", dest="target", metavar="FILE", help=".npz or .jsonl; default: JSON lines, printed")
+    add("--layer", type=int, default=-1, help="0 is the embeddings, -1 the last (default)")
+    add("--pool", default="mean", help="mean, first ([CLS]), words or tokens (default mean)")
+
+
+def _embed(arguments: argparse.Namespace, keys: Assignments) -> None:
+    _check_text("text", arguments.text or "")
+    run = _load_recorded(arguments, keys)
+    from lmjax.embed import embed
+    from lmjax.vectors import lines_of
+
+    texts = [arguments.text] if arguments.file is None else lines_of(Path(arguments.file))
+    target = Path(arguments.target) if arguments.target else None
+    workdir = _folder("workdir", arguments.workdir)
+    count = embed(run, workdir, texts, target, arguments.layer, arguments.pool)
+    if target:
+        print(f"{count:,} texts → {target}")
 
 
 def _describe_flags(parser: argparse.ArgumentParser) -> None:
@@ -303,6 +353,20 @@ VERBS = {
         _generate,
         _generate_flags,
     ),
+    "fill": Verb(
+        "Names the likeliest words for the masks of a text.",
+        "python -m lmjax fill experiments/bert_base.py --workdir=runs/bert"
+        ' --text="The [MASK] sat on the mat."',
+        _fill,
+        _fill_flags,
+    ),
+    "embed": Verb(
+        "Writes vectors of texts, words or tokens from any layer.",
+        "python -m lmjax embed experiments/bert_base.py --workdir=runs/bert --file=texts.txt"
+        " --to=vectors.npz",
+        _embed,
+        _embed_flags,
+    ),
     "describe": Verb(
         "Shows the resolved recipe and what it costs; allocates nothing.",
         _EXAMPLE.format("describe") + "--batch=256",
@@ -310,7 +374,7 @@ VERBS = {
         _describe_flags,
     ),
     "import": Verb(
-        "Starts a run directory from a Hugging Face folder (config.json + safetensors).",
+        "Starts a run directory from a Hugging Face folder, or a Google BERT checkpoint.",
         _EXAMPLE.format("import") + "--workdir=runs/gpt2 --from=gpt2/",
         _import,
         _import_flags,

@@ -18,6 +18,7 @@ from lmjax import sharding
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
 _SPLASH_BLOCK = 1024
 _SPLASH_MULTIPLE = 128
+_SPLASH_SHORTEST = 256  # below, XLA's own is faster: the kernel's blocks are half empty
 _CPU_QUERY_BLOCK = 64
 
 
@@ -52,6 +53,8 @@ def attention(
     }
     if kernel == "auto":
         best = {"tpu": "splash", "gpu": "cudnn"}.get(sharding.platform(), "xla")
+        if best == "splash" and query_BHLK.shape[2] < _SPLASH_SHORTEST:
+            best = "xla"
         kernel = "xla" if refusals.get(best) else best  # type: ignore[assignment]
     elif refusals.get(kernel):
         raise ValueError(f"attention kernel {kernel}: {refusals[kernel]}; allowed: auto, xla")

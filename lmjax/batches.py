@@ -7,8 +7,8 @@ hosts, devices and workers sees the same batches.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -19,6 +19,7 @@ import numpy as np
 from lmjax import sharding
 
 Arrays = dict[str, np.ndarray]
+Make = Callable[[np.ndarray], Arrays]
 
 
 @dataclass(frozen=True)
@@ -38,54 +39,102 @@ class Ramp:
                 raise ValueError(f"ramp.{name}={getattr(self, name)}: must be at least 1")
 
 
-class Plan:
-    """Which examples each step sees: the arithmetic of batch sizes."""
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of steps with one batch size; `phase` says which example maker it reads.
 
-    def __init__(self, batch: int, example_tokens: int, ramp: Ramp | None = None) -> None:
-        """`batch` examples a step, each of `example_tokens` targets, after the ramp if any."""
+    first_example counts from the start of the phase, tokens_before from the start of the run.
+    """
+
+    first_step: int
+    size: int
+    example_tokens: int
+    phase: int = 0
+    first_example: int = 0
+    tokens_before: int = 0
+
+    def examples(self, step: int) -> int:
+        """First example of a step, counted in its phase."""
+        return self.first_example + (step - self.first_step) * self.size
+
+    def tokens_after(self, steps: Any) -> Any:
+        """Tokens of the run after that many steps, of which the last are of this stage."""
+        return self.tokens_before + (steps - self.first_step) * (self.size * self.example_tokens)
+
+
+class Plan:
+    """Which examples each step sees: the arithmetic of batch sizes and phases."""
+
+    def __init__(
+        self,
+        batch: int,
+        example_tokens: int,
+        ramp: Ramp | None = None,
+        phase2: tuple[int, int, int] | None = None,
+    ) -> None:
+        """`batch` examples a step, each of `example_tokens` targets, after the ramp if any.
+
+        phase2: (first step, batch, tokens an example) of a second phase, whose examples are
+        counted from 0 again.
+        """
         sizes = [] if ramp is None else list(range(ramp.start, batch, ramp.increment))
-        self.sizes, self.first_step, self.first_example = [], [0], [0]
+        stages, first = [], 0
         for size in sizes:
             assert ramp is not None
-            steps = -(-int(ramp.tokens) // (len(sizes) * size * example_tokens))
-            self.sizes.append(size)
-            self.first_step.append(self.first_step[-1] + steps)
-            self.first_example.append(self.first_example[-1] + steps * size)
-        self.sizes.append(batch)
-        self.example_tokens = example_tokens
+            stages.append(Stage(first, size, example_tokens))
+            first += -(-int(ramp.tokens) // (len(sizes) * size * example_tokens))
+        stages.append(Stage(first, batch, example_tokens))
+        if phase2 is not None:
+            stages = [stage for stage in stages if stage.first_step < phase2[0]]
+            stages.append(Stage(*phase2, phase=1))
+        self.stages: list[Stage] = []
+        for stage in stages:
+            self.stages.append(self._after(stage) if self.stages else stage)
+        self._first_steps = [stage.first_step for stage in self.stages]
+
+    def _after(self, stage: Stage) -> Stage:
+        """A stage with the counts that the one before leaves."""
+        before = self.stages[-1]
+        example = before.examples(stage.first_step) if stage.phase == before.phase else 0
+        tokens = before.tokens_after(stage.first_step)
+        return replace(stage, first_example=example, tokens_before=tokens)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        return self.stages[bisect.bisect_right(self._first_steps, step) - 1]
 
     def examples(self, step: int) -> tuple[int, int]:
-        """First global example of a step, and how many."""
-        stage = bisect.bisect_right(self.first_step, step) - 1
-        size = self.sizes[stage]
-        return self.first_example[stage] + (step - self.first_step[stage]) * size, size
+        """First example of a step, counted in its phase, and how many."""
+        stage = self.stage(step)
+        return stage.examples(step), stage.size
 
     def tokens_after(self, steps: Any) -> Any:
         """Tokens seen in that many steps; float32 when traced."""
         if isinstance(steps, (int, np.integer)):
-            return self.examples(int(steps))[0] * self.example_tokens
-        starts, sizes = jnp.asarray(self.first_step), jnp.asarray(self.sizes, jnp.float32)
-        stage = jnp.searchsorted(starts, steps, side="right") - 1
-        before = jnp.asarray(self.first_example, jnp.float32)[stage]
-        examples = before + (steps - starts[stage]).astype(jnp.float32) * sizes[stage]
-        return examples * self.example_tokens
+            return self.stage(int(steps)).tokens_after(int(steps))
+        starts = jnp.asarray(self._first_steps)
+        per_step = [float(stage.size * stage.example_tokens) for stage in self.stages]
+        at = jnp.searchsorted(starts, steps, side="right") - 1
+        before = jnp.asarray([float(stage.tokens_before) for stage in self.stages])[at]
+        return before + (steps - starts[at]).astype(jnp.float32) * jnp.asarray(per_step)[at]
 
-    def check(self, accumulate: int) -> None:
-        """Raises ValueError for a batch that the mesh and the microbatches do not divide."""
+    def check(self, *accumulate: int) -> None:
+        """Raises ValueError for a batch that the mesh and a phase's microbatches do not divide."""
         rows = sharding.axis_size(*sharding.BATCH_AXES)
-        for size in self.sizes:
-            if size < 1 or size % (rows * accumulate):
+        for stage in self.stages:
+            size, parts = stage.size, accumulate[stage.phase]
+            if size < 1 or size % (rows * parts):
                 raise ValueError(
                     f"batch={size} cannot be split over {rows} devices (mesh data × fsdp) times "
-                    f"accumulate={accumulate}; it must be a multiple of {rows * accumulate}"
+                    f"accumulate={parts}; it must be a multiple of {rows * parts}"
                 )
 
 
 class _Steps:
     """grain source whose element s is this process's rows of the batch of step s."""
 
-    def __init__(self, make: Callable[[np.ndarray], Arrays], plan: Plan, stop: int, share: Any):
-        self._make, self._plan, self._stop, self._share = make, plan, stop, share
+    def __init__(self, makes: Sequence[Make], plan: Plan, stop: int, share: Any):
+        self._makes, self._plan, self._stop, self._share = makes, plan, stop, share
 
     def __len__(self) -> int:
         return self._stop
@@ -93,11 +142,12 @@ class _Steps:
     def __getitem__(self, index: int) -> Arrays:
         first, size = self._plan.examples(int(index))
         lo, hi = self._share[0] * size // self._share[2], self._share[1] * size // self._share[2]
-        return self._make(np.arange(first + lo, first + hi))
+        make = self._makes[self._plan.stage(int(index)).phase]
+        return make(np.arange(first + lo, first + hi))
 
 
 def host_batches(
-    make: Callable[[np.ndarray], Arrays],
+    makes: Sequence[Make],
     plan: Plan,
     start: int,
     stop: int,
@@ -107,10 +157,11 @@ def host_batches(
     """Batches of steps start … stop − 1 as numpy: part [a/n, b/n) of each for share (a, b, n).
 
     Args:
-      make: global example indices (B,) to arrays of B rows; picklable if there are workers.
+      makes: for each phase, example indices (B,) to arrays of B rows; picklable if there are
+        workers.
       workers: grain processes that read ahead; 0 reads in a thread.
     """
-    source = _Steps(make, plan, stop, share)
+    source = _Steps(makes, plan, stop, share)
     steps = grain.MapDataset.source(source)[start:]
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     ahead = steps.to_iter_dataset(reading)
@@ -148,12 +199,12 @@ def place(batch: Arrays, size: int, share: tuple[int, int, int]) -> dict[str, ja
 
 
 def batches(
-    make: Callable[[np.ndarray], Arrays], plan: Plan, start: int, stop: int, workers: int = 0
+    makes: Sequence[Make], plan: Plan, start: int, stop: int, workers: int = 0
 ) -> Iterator[dict[str, jax.Array]]:
     """Device batches of steps start … stop − 1, each placed while the step before it runs."""
     share = my_share()
     ahead = None
-    host = host_batches(make, plan, start, stop, share, workers)
+    host = host_batches(makes, plan, start, stop, share, workers)
     for step, batch in zip(range(start, stop), host, strict=False):
         placed = place(batch, plan.examples(step)[1], share)
         if ahead is not None:

@@ -6,40 +6,84 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 END_OF_TEXT = "<|endoftext|>"
+# RoBERTa's controls stand at 0 to 3, in fairseq's order, but for the mask, which is the last id.
+ROBERTA = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "mask": "<mask>"}
 UNKNOWN = "<unk>"
 END_OF_WORD = "</w>"
 _BYTE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _GPT1_FILES = (("encoder_bpe_40000.json", "vocab_40000.bpe"), ("vocab.json", "merges.txt"))
 
 
-def train_byte_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
-    """GPT-2's byte-level BPE learnt from texts: 256 bytes, merges, `<|endoftext|>` last."""
-    if vocab < 257:
-        raise ValueError(f"vocab={vocab}: a byte BPE needs at least 257 (256 bytes, {END_OF_TEXT})")
+def train_byte_bpe(texts: Iterator[str], vocab: int, roberta: bool = False) -> Tokenizer:
+    """GPT-2's byte-level BPE learnt from texts: 256 bytes, merges, `<|endoftext|>` last; or
+    RoBERTa's: `<s>` `<pad>` `</s>` `<unk>`, 256 bytes, merges, `<mask>` last."""
+    first = [ROBERTA["cls"], ROBERTA["pad"], ROBERTA["sep"], UNKNOWN] if roberta else []
+    last = ROBERTA["mask"] if roberta else END_OF_TEXT
+    least = len(first) + 257
+    if vocab < least:
+        names = ", ".join([*first, last])
+        raise ValueError(f"vocab={vocab}: a byte BPE needs at least {least} (256 bytes, {names})")
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 1,  # pyright: ignore[reportCallIssue]
+        special_tokens=first,  # pyright: ignore
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # pyright: ignore
         show_progress=False,  # pyright: ignore
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer
+    tokenizer.add_special_tokens([last])
+    return _framed(tokenizer) if roberta else tokenizer
 
 
-def read_byte_bpe(folder: Path) -> Tokenizer:
+def read_byte_bpe(folder: Path, roberta: bool = False) -> Tokenizer:
     """A published byte-level BPE: vocab.json + merges.txt, encoder.json + vocab.bpe or
     tokenizer.json. Errors: ValueError naming the file."""
     if (folder / "tokenizer.json").is_file() and not _pair(folder, _BYTE_FILES):
-        return parse_tokenizer(folder / "tokenizer.json")
-    vocab, merges = _read_pair(folder, _BYTE_FILES, "tokenizer.json")
-    tokenizer = _byte_level(models.BPE(vocab, merges))
-    if END_OF_TEXT in vocab:
-        tokenizer.add_special_tokens([END_OF_TEXT])
+        tokenizer = parse_tokenizer(folder / "tokenizer.json")
+    else:
+        vocab, merges = _read_pair(folder, _BYTE_FILES, "tokenizer.json")
+        tokenizer = _byte_level(models.BPE(vocab, merges))
+        known = [*ROBERTA.values(), UNKNOWN] if roberta else [END_OF_TEXT]
+        tokenizer.add_special_tokens([name for name in known if name in vocab])
+    if not roberta:
+        return tokenizer
+    if missing := [n for n in ROBERTA.values() if tokenizer.token_to_id(n) is None]:
+        raise ValueError(f"{folder}: has no {' and no '.join(missing)}; is it RoBERTa's?")
+    return _framed(tokenizer)
+
+
+def _framed(tokenizer: Tokenizer) -> Tokenizer:
+    """With RoBERTa's frame, for whoever opens the file by other means."""
+    cls, sep = ((ROBERTA[n], id_of(tokenizer, ROBERTA[n])) for n in ("cls", "sep"))
+    tokenizer.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=False)
     return tokenizer
+
+
+def id_of(tokenizer: Tokenizer, piece: str) -> int:
+    """The id of a piece that is there."""
+    found = tokenizer.token_to_id(piece)
+    assert found is not None, piece
+    return found
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each letter of a byte-level BPE stands for: the visible ones of Latin-1 stand
+    for themselves, the others are counted from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    letters = {chr(byte): byte for byte in visible}
+    return letters | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -93,14 +137,15 @@ def _lower_cased(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def parse_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json that holds a BPE. Errors: ValueError naming the file."""
+def parse_tokenizer(path: Path, kind: type[Any] = models.BPE) -> Tokenizer:
+    """A tokenizer.json that holds a model of that kind. Errors: ValueError naming the file."""
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from None
-    if not isinstance(tokenizer.model, models.BPE):
-        raise ValueError(f"{path}: holds a {type(tokenizer.model).__name__}, not a BPE")
+    if not isinstance(tokenizer.model, kind):
+        found = type(tokenizer.model).__name__
+        raise ValueError(f"{path}: holds a {found}, not a {kind.__name__}")
     return tokenizer
 
 
@@ -123,9 +168,10 @@ def is_lossless(tokenizer: Tokenizer) -> bool:
 
 
 def without_controls(
-    tokenizer: Tokenizer, keep: tuple[str, ...] = ()
+    tokenizer: Tokenizer, keep: tuple[str, ...] = (), normalised: bool = False
 ) -> tuple[Tokenizer, dict[int, str]]:
-    """A copy that finds no added token in text, and the added tokens by id.
+    """A copy that finds no added token in text, and the added tokens by id; for text that is
+    `normalised` already, also without a normalizer.
 
     The library turns every occurrence of an added token into its id; in lmjax a control id
     never comes from text, so `<|endoftext|>` in a document is encoded letter by letter.
@@ -134,6 +180,8 @@ def without_controls(
     controls = {t["id"]: t["content"] for t in spec["added_tokens"] if t["content"] not in keep}
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in keep]
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    if normalised:
+        spec["normalizer"] = None
     if spec["model"].get("ignore_merges"):
         # Whole words are looked up before merging: a control word must not be among them.
         for content in controls.values():

@@ -9,13 +9,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lmjax.document import Document, Report, id_position, pieces, split_of
+from lmjax.document import Document, Report, id_position, pieces, split_of, whole_id
 from lmjax.store import (
     TOKENIZER,
     Occupied,
@@ -29,6 +30,7 @@ from lmjax.store import (
 )
 from lmjax.text import Corpus, corpus_from_string
 from lmjax.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from lmjax.units import Units
 
 _HASH_ORDER = ("test", "validation", "train")
 SAMPLE_BYTES = 16 << 10
@@ -49,7 +51,10 @@ class Data:
     examples: the example maker; opaque here. validation, test: shares, in [0, 1).
     split: "documents" puts each document into one split by the hash of its id; "tail" gives the
         first characters of every document to train and the last ones to validation, then test.
+    held_out: patterns of document ids, such as "book_9.txt" or "news*", with commas between them;
+        what matches is the validation split, instead of a share.
     store: the folder of the token store; "" is `data` in the run's own folder.
+    units: also keeps sentences and words, which the examples of encoders are made of.
     """
 
     corpus: Corpus = field(metadata={"parse": corpus_from_string})
@@ -58,7 +63,9 @@ class Data:
     validation: float = 0.05
     test: float = 0.05
     split: Literal["documents", "tail"] = "documents"
+    held_out: str = ""
     store: str = ""
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         for name in ("validation", "test"):
@@ -111,24 +118,42 @@ class Data:
             "validation": self.validation,
             "test": self.test,
             "split": self.split,
+            **({"held_out": self.held_out} if self.held_out else {}),
+            **_units_spec(self.units),
         }
+
+    def documents(self, report: Report) -> Iterator[Document]:
+        """The corpus, with the documents that `held_out` names in the validation split."""
+        patterns = [p.strip() for p in self.held_out.split(",") if p.strip()]
+        unused, last = set(patterns), ""
+        for document in self.corpus.documents(report):
+            found = [p for p in patterns if fnmatchcase(whole_id(document.id), p)]
+            unused.difference_update(found)
+            last = document.id
+            yield replace(document, split="validation") if found else document
+        if unused:
+            raise ValueError(
+                f"data.held_out: no document has an id like {', '.join(sorted(unused))}; the last"
+                f" one is called {last!r}"
+            )
 
     def _build(self, folder: Path, spec: dict[str, Any], progress: Progress | None) -> None:
         with building(folder) as unfinished:
             sources = self.corpus.sources()
             plan = survey(self)
-            documents = plan.divide(self.corpus.documents(Report()))
+            documents = plan.divide(self.documents(Report()))
             texts = (document.text for document in documents if document.split == "train")
             limit = getattr(self.tokenizer, "train_bytes", None)
             self.tokenizer.build(_sample(texts, plan.bytes["train"], limit), unfinished / TOKENIZER)
             report = Report()
             fill_store(
                 unfinished,
-                plan.divide(self.corpus.documents(report)),
+                plan.divide(self.documents(report)),
                 load_tokenizer(unfinished / TOKENIZER),
                 spec,
                 lambda document: document.split or "train",
                 progress,
+                units=self.units,
                 report=report,
                 sources=sources,
                 total_bytes=sum(plan.bytes.values()),
@@ -179,13 +204,18 @@ def open_prepared(folder: Path, spec: dict[str, Any] | None = None) -> Prepared:
 
 
 def hold_out(
-    corpus: Corpus, tokenizer: Tokenizer, workdir: Path, progress: Progress | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    progress: Progress | None = None,
+    units: Units | None = None,
 ) -> Prepared:
-    """All of another corpus as one test split, in the tokens of a trained model.
+    """All of another corpus as one test split, in the tokens and units of a trained model.
 
     Its store is a folder of its own in `workdir`, named by the hash of what it was made from.
     """
     spec = {"corpus": _described(corpus), "tokenizer": tokenizer.fingerprint, "split": "test"}
+    spec |= _units_spec(units)
     sources = corpus.sources()
     name = hashlib.sha256(json.dumps([spec, sources]).encode()).hexdigest()[:12]
     folder = Path(workdir) / f"data-{name}"
@@ -193,7 +223,7 @@ def hold_out(
         report = Report()
         build_store(
             folder, corpus.documents(report), tokenizer, spec, lambda _: "test", progress,
-            report=report, sources=sources,
+            units=units, report=report, sources=sources,
         )  # fmt: skip
     return open_prepared(folder, spec)
 
@@ -249,7 +279,7 @@ def survey(data: Data) -> Plan:
     positions, sizes = array("d"), array("q")
     own: Counter[str] = Counter()
     report = Report()
-    for document in data.corpus.documents(report):
+    for document in data.documents(report):
         if document.split:
             own[document.split] += len(document.text)
         else:
@@ -338,7 +368,15 @@ def _sample(texts: Iterator[bytes], total: int, limit: int | None) -> Iterator[b
 
 def _described(value: Any) -> dict[str, Any]:
     assert is_dataclass(value) and not isinstance(value, type), value
-    return {"class": type(value).__name__, **asdict(value)}
+    young = {f.name for f in fields(value) if f.metadata.get("young")}
+    at_default = {f.name for f in fields(value) if getattr(value, f.name) == f.default}
+    kept = {name: part for name, part in asdict(value).items() if name not in young & at_default}
+    return {"class": type(value).__name__, **kept}
+
+
+def _units_spec(units: Units | None) -> dict[str, Any]:
+    # A store without units is described as before there were any.
+    return {} if units is None else {"units": units.spec()}
 
 
 def _size(size: int | None) -> str:

@@ -4,21 +4,21 @@
 import lzma
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from lmjax import batches, cpu, sharding
+from lmjax import masked_scores, sharding
 from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
+from lmjax.evaluator import Evaluator
 from lmjax.progress import Work
-from lmjax.recipe import dump, nearest
+from lmjax.recipe import dump
 from lmjax.report import write_report
 from lmjax.run import Run
-from lmjax.step import abstract_params, make_eval_step
+from lmjax.step import abstract_params
 from lmjax.store import Split, is_occupied
 from lmjax.text import Corpus
 from lmjax.tokenizer import Tokenizer, load_tokenizer
@@ -26,110 +26,84 @@ from lmjax.workdir import write_text
 
 # xz needs the text in memory; beyond this a comparison takes minutes and tells nothing new.
 _XZ_LIMIT = 64 * 2**20
+PSEUDO_TOKENS = 1024
 
 
-class Evaluator:
-    """Scores one split of a run's data; compiled once, used as often as wanted."""
+def next_token_report(score: Evaluator, means: Mapping[str, float]) -> dict[str, Any]:
+    """The contents of `evaluation-<split>.json` of a decoder, in nats and bits.
 
-    def __init__(self, run: Run, prepared: Prepared, split: str, windows: int = 0) -> None:
-        """The first `windows` windows of `split`, or all of them.
-
-        Raises:
-          ValueError: no such split, or one with fewer tokens than a window.
-        """
-        splits = prepared.store.splits
-        if split not in splits:
-            near = nearest(split, splits)
-            hint = f"; did you mean {near}?" if near else ""
-            raise ValueError(f"there is no {split} split: one of {', '.join(splits)}{hint}")
-        self.split = splits[split]
-        self._examples = run.data.examples
-        unknown = prepared.store.manifest["splits"][split]["unknown"]
-        self.lossless = prepared.tokenizer.lossless and not unknown
-        count = self._examples.held_out_count(self.split)
-        self.windows = min(windows, count) if windows else count
-        self._plan = batches.Plan(run.batch, self._examples.length)
-        step = make_eval_step(run.model, run.loss)
-        self._step = jax.jit(step, compiler_options=cpu.compiler_options())
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        """Mean of every loss per unit of weight, and `<name>_weight`, the units."""
-        steps = -(-self.windows // self._plan.sizes[-1])
-
-        def make(windows: np.ndarray) -> batches.Arrays:
-            batch = self._examples.held_out(self.split, windows)
-            batch["weights_BL"] *= (windows < self.windows)[:, None]
-            return batch
-
-        parts = [self._step(params, b) for b in batches.batches(make, self._plan, 0, steps)]
-        result = {}
-        for name in parts[0]:  # summed on the host: float32 would lose the last digits
-            sums, weights = zip(*(jax.device_get(part[name]) for part in parts), strict=True)
-            weight = float(np.sum(weights, dtype=np.float64))
-            result[name] = float(np.sum(sums, dtype=np.float64)) / weight
-            result[f"{name}_weight"] = weight
-        return result
-
-    def report(self, params: Any, step: int) -> dict[str, Any]:
-        """The contents of `evaluation-<split>.json`: the whole split, in nats and bits.
-
-        Bits per byte divide by the bytes of the split's text; the ends of documents are paid for
-        as well. A tokeniser that loses text has none (null).
-        """
-        scores = self(params)
-        tokens = int(scores["loss_weight"])
-        bits = scores["loss"] * tokens / math.log(2)
-        return {
-            "split": self.split.name,
-            "loss": scores["loss"],
-            "perplexity": math.exp(min(scores["loss"], 700)),
-            "bits_per_byte": bits / self.split.n_bytes if self.lossless else None,
-            "accuracy": scores["accuracy"],
-            "tokens": tokens,
-            "bytes": self.split.n_bytes,
-            "documents": self.split.n_documents,
-            "step": step,
-        }
+    Bits per byte divide by the bytes of the split's text; the ends of documents are paid for as
+    well. A tokeniser that loses text has none (null).
+    """
+    tokens = int(means["loss_weight"])
+    bits = means["loss"] * tokens / math.log(2)
+    return {
+        "loss": means["loss"],
+        "perplexity": math.exp(min(means["loss"], 700)),
+        "bits_per_byte": bits / score.split.n_bytes if score.lossless else None,
+        "accuracy": means["accuracy"],
+        "tokens": tokens,
+        "bytes": score.split.n_bytes,
+        "documents": score.split.n_documents,
+    }
 
 
 def evaluate(
-    run: Run, workdir: Path, split: str = "", corpus: Corpus | None = None
+    run: Run,
+    workdir: Path,
+    split: str = "",
+    corpus: Corpus | None = None,
+    pseudo: int = PSEUDO_TOKENS,
 ) -> dict[str, Any]:
     """Scores the newest checkpoint of `workdir`; prints, and writes `evaluation-<split>.json`.
 
     Args:
       split: default "test", or "validation" where the recipe holds out no test split.
       corpus: score all of this one instead of a split of the run's own; `split` names the result.
+      pseudo: tokens that an encoder scores one by one, each alone masked; 0 for none.
 
     Raises:
       ValueError: no checkpoint, no such split, or a store that is damaged.
     """
     if split and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", split):
         raise ValueError(f"--split={split}: a name of letters, digits, - and _")
+    if pseudo < 0:
+        raise ValueError(f"--pseudo={pseudo}: 0 (none) or more")
     own = run.data.folder(workdir)
     with sharding.use(run.mesh.mesh()):
-        if corpus is None:
-            if not is_occupied(own):
-                raise ValueError(f"{own} holds no token store; name a corpus: --data.corpus=…")
-            prepared = open_prepared(own)
-            split = split or ("test" if "test" in prepared.store.splits else "validation")
-            score = Evaluator(run, prepared, split)
-        else:
-            tokenizer = load_tokenizer(workdir / "tokenizer")
-            prepared = hold_out(corpus, tokenizer, workdir, Work("tokenising"))
-            score = Evaluator(run, prepared, "test")
+        prepared, part = _held_out(run, workdir, split, corpus)
         step, params = load_params(workdir, abstract_params(run.model))
-        result = score.report(params, step)
-    name = split or "corpus"
-    result["split"] = name
-    if score.lossless:
+        phase = run.plan().stage(max(step, 1) - 1).phase
+        score = Evaluator(run, prepared, part, phase=phase)
+        means = score(params)
         counted = open_prepared(own) if is_occupied(own) else None
-        result["baselines"] = baselines(prepared.tokenizer, score.split, counted)
+        if masked := "masked_loss" in means:
+            train = counted.store.splits["train"] if counted else None
+            result = masked_scores.report(run, score, means, params, train, pseudo)
+        else:
+            result = next_token_report(score, means)
+            if score.lossless:
+                result["baselines"] = baselines(prepared.tokenizer, score.split, counted)
+    name = split or (part if corpus is None else "corpus")
+    result |= {"split": name, "step": step}
     write_text(workdir / f"evaluation-{name}.json", dump(result))
-    for line in _lines(result):
+    for line in masked_scores.lines(result) if masked else _lines(result):
         print(line)
     print(f"report: {write_report(workdir)}")
     return result
+
+
+def _held_out(run: Run, workdir: Path, split: str, corpus: Corpus | None) -> tuple[Prepared, str]:
+    """The store to score, and the name of its split."""
+    if corpus is not None:
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+        work = Work("tokenising")
+        return hold_out(corpus, tokenizer, workdir, work, run.data.units), "test"
+    own = run.data.folder(workdir)
+    if not is_occupied(own):
+        raise ValueError(f"{own} holds no token store; name a corpus: --data.corpus=…")
+    prepared = open_prepared(own)
+    return prepared, split or ("test" if "test" in prepared.store.splits else "validation")
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:

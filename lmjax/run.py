@@ -16,10 +16,35 @@ from lmjax.step import Loss, abstract_params
 
 
 @dataclass(frozen=True)
+class Phase:
+    """The last part of a run, on examples of another kind: BERT's long sequences.
+
+    Args:
+      share: of the run's steps.
+      examples: the example maker.
+      batch: examples a step; 0 is the run's.
+      accumulate: microbatches a step; 0 is the run's.
+    """
+
+    share: float
+    examples: Any
+    batch: int = 0
+    accumulate: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"phase2.share={self.share}: a share above 0 and below 1")
+        for name in ("batch", "accumulate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"phase2.{name}={getattr(self, name)}: must be 0 or more")
+
+
+@dataclass(frozen=True)
 class Run:
     """A model, its data, its loss and its optimiser, and for how long.
 
     Args:
+      phase2: what the last steps read instead of `data.examples`; where it begins follows `steps`.
       batch: examples per step over all devices, after `ramp` if there is one.
       steps: length of the run; the schedule's end unless the optimiser says otherwise.
       accumulate: microbatches per step: less memory, the same numbers.
@@ -38,6 +63,7 @@ class Run:
     steps: int
     seed: int = 0
     ramp: Ramp | None = None
+    phase2: Phase | None = None
     accumulate: int = 1
     mesh: Layout = Layout()
     log_every: int = 10
@@ -58,15 +84,28 @@ class Run:
             raise ValueError(f"seed={self.seed}: a whole number from 0 up to 2**32 - 1")
         if self.steps >= 1 << 31:
             raise ValueError(f"steps={self.steps}: must be below 2**31")
-        length, context = self.data.examples.length, getattr(self.model, "context", None)
-        if context is not None and length > context:
-            raise ValueError(
-                f"data.examples.length={length} is longer than model.context={context}"
-            )
+        context = getattr(self.model, "context", None)
+        keys = ("data.examples.length", "phase2.examples.length")
+        for key, maker in zip(keys, self.makers(), strict=False):
+            if context is not None and maker.length > context:
+                raise ValueError(f"{key}={maker.length} is longer than model.context={context}")
+
+    def makers(self) -> tuple[Any, ...]:
+        """The example maker of each phase."""
+        return (self.data.examples, *([self.phase2.examples] if self.phase2 else []))
+
+    def microbatches(self) -> tuple[int, ...]:
+        """Microbatches a step in each phase."""
+        second = [self.phase2.accumulate or self.accumulate] if self.phase2 else []
+        return (self.accumulate, *second)
 
     def plan(self) -> Plan:
         """Which examples each step sees."""
-        return Plan(self.batch, self.data.examples.length, self.ramp)
+        second = None
+        if self.phase2:
+            begins = round(self.steps * (1 - self.phase2.share))
+            second = (begins, self.phase2.batch or self.batch, self.phase2.examples.length)
+        return Plan(self.batch, self.data.examples.length, self.ramp, second)
 
     def schedule(self) -> Schedule:
         """Learning rate by step."""
@@ -85,13 +124,19 @@ class Run:
 def describe(run: Run) -> dict[str, Any]:
     """What a run is and costs, from shapes alone."""
     plan = run.plan()
-    return {
+    summary = {
         "parameters": run.parameters(),
         "flops_per_token": run.model.flops_per_token(run.data.examples.length),
         "tokens_per_step": run.batch * run.data.examples.length,
         "steps": run.steps,
         "tokens": plan.tokens_after(run.steps),
     }
+    if run.phase2:
+        last = plan.stages[-1]
+        summary["phase2_first_step"] = last.first_step
+        summary["phase2_tokens_per_step"] = last.size * last.example_tokens
+        summary["phase2_flops_per_token"] = run.model.flops_per_token(last.example_tokens)
+    return summary
 
 
 def replace(run: Any, **changes: Any) -> Any:

@@ -1,41 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token store: every document tokenised once, flat on disk, sealed by counts and hashes.
 
-A store is a folder: `manifest.json`, a copy of the tokenizer, and four files a split,
+A store is a folder: `manifest.json`, a copy of the tokenizer, and four or six files a split,
     SPLIT.tokens   uint16 or uint32, the documents one after the other, each behind `eot`
     SPLIT.starts   int64[documents + 1], where each document starts in the tokens
     SPLIT.bytes    int64[documents], the UTF-8 bytes of each document
     SPLIT.ids      the documents' ids, one a line
+    SPLIT.sentences  int64, where each sentence starts in the tokens; only with units
+    SPLIT.marks    uint8[tokens], the bits WORD, ENTITY and LABEL, 0 at `eot`; only with units
 all little-endian. It is built beside its place and renamed into it at the end, so what has the
 store's name is whole; the manifest holds every size and hash, and a hash of itself.
 """
 
-import fcntl
-import glob
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from lmjax.document import Document, Report
+from lmjax.store_build import (
+    COUNTS,
+    Occupied,
+    SplitWriter,
+    batches,
+    building,
+    is_occupied,
+    write_durably,
+)
 from lmjax.tokenizer import Tokenizer, load_tokenizer
+from lmjax.units import Units, reader
+
+__all__ = [
+    "TOKENIZER",
+    "Occupied",
+    "Progress",
+    "Split",
+    "Store",
+    "build_store",
+    "building",
+    "damaged",
+    "fill_store",
+    "is_occupied",
+    "open_store",
+    "plain",
+    "read_manifest",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-BATCH_BYTES = 1 << 20
-_COLUMNS = {"tokens": None, "starts": "<i8", "bytes": "<i8", "ids": None}
-_COUNTS = ("documents", "tokens", "bytes", "unknown")
 _SCAN = 1 << 24
 _ABSENT = object()
+_CACHED = ("circle", "memo")  # what a split computes for itself does not travel
+_MAPPED = ("tokens", "marks")
 
 Progress = Callable[[int, int | None], None]
 
@@ -46,7 +70,12 @@ class Split:
 
     tokens: uint16 or uint32[tokens], memory-mapped. starts: int64[documents + 1]; document i is
     tokens[starts[i] : starts[i + 1]] and begins with the end-of-text id, where there is one.
-    document_bytes: int64[documents], of the text in UTF-8. It pickles as paths, not as tokens.
+    document_bytes: int64[documents], of the text in UTF-8. vocab: of the tokenizer, and its
+    controls. It pickles as paths, not as tokens.
+
+    With units, else None: sentences: int64, where each sentence starts, ascending; one ends where
+    the next one starts or its document ends. marks: uint8[tokens] of WORD, ENTITY and LABEL,
+    memory-mapped.
     """
 
     name: str
@@ -56,18 +85,29 @@ class Split:
     ids_path: Path
     n_bytes: int
     eot: int | None
+    sentences: np.ndarray | None = None
+    marks: np.ndarray | None = None
+    vocab: int = 0
+    controls: dict[str, int] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in vars(self).items() if k != "circle"}
-        if isinstance(self.tokens, np.memmap):
-            state["tokens"] = (self.tokens.filename, self.tokens.dtype.str)
+        state = {k: v for k, v in vars(self).items() if k not in _CACHED}
+        for name in _MAPPED:
+            if isinstance(values := state[name], np.memmap):
+                state[name] = (values.filename, values.dtype.str)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["tokens"], tuple):
-            path, dtype = state["tokens"]
-            state["tokens"] = np.memmap(path, dtype, mode="r")
+        for name in _MAPPED:
+            if isinstance(state[name], tuple):
+                path, dtype = state[name]
+                state[name] = np.memmap(path, dtype, mode="r")
         vars(self).update(state)
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What example makers computed from this split and keep, by keys of their own."""
+        return {}
 
     @cached_property
     def circle(self) -> np.ndarray:
@@ -109,6 +149,7 @@ def build_store(
     split: Callable[[Document], str],
     progress: Progress | None = None,
     *,
+    units: Units | None = None,
     report: Report | None = None,
     sources: Sequence[tuple[str, int]] = (),
     total_bytes: int | None = None,
@@ -116,15 +157,16 @@ def build_store(
     """Tokenises documents into a new store at `directory`, which must not exist.
 
     `spec` says what the store was made from and is asked for again by `open_store`; `split`
-    names the split of a document; `progress(done, total)` counts bytes of text. `report` is
-    filled by whoever yields the documents, and its lines are kept with `sources`.
+    names the split of a document; `progress(done, total)` counts bytes of text; `units` adds
+    sentences and marks. `report` is filled by whoever yields
+    the documents, and its lines are kept with `sources`.
     Errors: ValueError for an occupied folder and where there are no documents.
     """
     with building(directory) as folder:
         shutil.copytree(tokenizer.directory, folder / TOKENIZER)
         fill_store(
             folder, documents, tokenizer, spec, split, progress,
-            report=report, sources=sources, total_bytes=total_bytes,
+            units=units, report=report, sources=sources, total_bytes=total_bytes,
         )  # fmt: skip
 
 
@@ -136,22 +178,24 @@ def fill_store(
     split: Callable[[Document], str],
     progress: Progress | None = None,
     *,
+    units: Units | None = None,
     report: Report | None = None,
     sources: Sequence[tuple[str, int]] = (),
     total_bytes: int | None = None,
 ) -> None:
     """`build_store` inside a folder of `building`, where the tokenizer lies already."""
     dtype = "<u2" if tokenizer.vocab <= 1 << 16 else "<u4"
-    writers: dict[str, _SplitWriter] = {}
+    encode = tokenizer.encode_documents if units is None else reader(units, tokenizer)
+    writers: dict[str, SplitWriter] = {}
     done = 0
     with ExitStack() as opened:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
+        for batch in batches(documents):
+            for document, encoded in zip(batch, encode(batch), strict=True):
                 name = split(document)
                 if name not in writers:
-                    writers[name] = _SplitWriter(folder, name, dtype, tokenizer, opened)
-                writers[name].add(document, ids)
+                    marked = encoded.marks is not None
+                    writers[name] = SplitWriter(folder, name, dtype, tokenizer, opened, marked)
+                writers[name].add(document, encoded)
                 done += len(document.text)
             if progress:
                 progress(done, total_bytes)
@@ -169,11 +213,11 @@ def fill_store(
         "unknown": tokenizer.unknown,
         "tokenizer": tokenizer.fingerprint,
         "splits": splits,
-        "totals": {key: sum(facts[key] for facts in splits.values()) for key in _COUNTS},
+        "totals": {key: sum(facts[key] for facts in splits.values()) for key in COUNTS},
         "report": lines,
     }
     manifest["seal"] = _seal(manifest)
-    _write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def open_store(directory: Path, spec: dict[str, Any] | None = None) -> Store:
@@ -192,7 +236,10 @@ def open_store(directory: Path, spec: dict[str, Any] | None = None) -> Store:
     tokenizer = load_tokenizer(directory / TOKENIZER)
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise damaged(directory / TOKENIZER, "is not the tokenizer that made the tokens")
-    splits = {name: _open_split(directory, name, manifest) for name in manifest["splits"]}
+    splits = {
+        name: _open_split(directory, name, manifest, tokenizer.controls)
+        for name in manifest["splits"]
+    }
     return Store(directory, splits, manifest["vocab"], manifest["eot"], tokenizer, manifest)
 
 
@@ -227,131 +274,13 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def is_occupied(directory: Path) -> bool:
-    """Whether something stands where a store would go: a file, or a folder with content."""
-    return directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
-
-
-class Occupied(ValueError):
-    """The place of a new store is taken."""
-
-
-class _HashedFile:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path):
-        self._file: IO[bytes] = open(path, "xb")
-        self._digest, self._size, self.name = hashlib.sha256(), 0, path.name
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._digest.update(content)
-        self._size += len(content)
-
-    def finish(self) -> dict[str, Any]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        return {"name": self.name, "bytes": self._size, "sha256": self._digest.hexdigest()}
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _SplitWriter:
-    def __init__(
-        self, folder: Path, name: str, dtype: str, tokenizer: Tokenizer, opened: ExitStack
-    ):
-        assert name in ("train", "validation", "test"), name
-        files = {column: _HashedFile(folder / f"{name}.{column}") for column in _COLUMNS}
-        self._files = {column: opened.enter_context(closing(f)) for column, f in files.items()}
-        self._dtype, self._vocab, self._unknown = dtype, tokenizer.vocab, tokenizer.unknown
-        self._lead = [] if tokenizer.eot is None else [tokenizer.eot]
-        self._facts = dict.fromkeys(_COUNTS, 0)
-        self._put("starts", [0])
-
-    def _put(self, column: str, values: Any) -> None:
-        self._files[column].write(np.asarray(values, _COLUMNS[column] or self._dtype).tobytes())
-
-    def add(self, document: Document, ids: np.ndarray) -> None:
-        assert not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab), "id out of vocabulary"
-        assert "\n" not in document.id, document.id
-        facts = self._facts
-        facts["documents"] += 1
-        facts["tokens"] += len(self._lead) + len(ids)
-        facts["bytes"] += len(document.text)
-        if self._unknown is not None:
-            facts["unknown"] += int((ids == self._unknown).sum())
-        self._put("tokens", self._lead)
-        self._put("tokens", ids)
-        self._put("starts", [facts["tokens"]])
-        self._put("bytes", [len(document.text)])
-        self._files["ids"].write(document.id.encode() + b"\n")
-
-    def finish(self) -> dict[str, Any]:
-        files = {column: file.finish() for column, file in self._files.items()}
-        return {**self._facts, "files": files}
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def building(directory: Path) -> Iterator[Path]:
-    """A fresh folder beside `directory` that takes its place when the block ends well.
-
-    One builder at a time: a second one waits here, then finds the place taken. Errors: Occupied.
-    """
-    parent = directory.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    stem = f".{directory.name}.building-"
-    with open(parent / f".{directory.name}.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_occupied(directory):
-            raise Occupied(f"{directory} is in the way: a store is built where nothing stands yet")
-        # Whoever holds the lock is the only living builder: the rest are leftovers of dead ones.
-        for leftover in parent.glob(f"{glob.escape(stem)}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = parent / f"{stem}{os.getpid()}"
-        folder.mkdir()
-        try:
-            yield folder
-            _sync_folder(folder)
-            os.rename(folder, directory)
-            _sync_folder(parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _open_split(directory: Path, name: str, manifest: dict[str, Any]) -> Split:
+def _open_split(
+    directory: Path, name: str, manifest: dict[str, Any], controls: dict[str, int]
+) -> Split:
     facts = manifest["splits"][name]
     for entry in facts["files"].values():
         _verify(directory / entry["name"], entry)
@@ -369,7 +298,27 @@ def _open_split(directory: Path, name: str, manifest: dict[str, Any]) -> Split:
     for at in range(0, len(tokens), _SCAN):
         if int(tokens[at : at + _SCAN].max()) >= manifest["vocab"]:
             raise damaged(path["tokens"], f"has ids beyond the vocabulary of {manifest['vocab']}")
-    return Split(name, tokens, starts, sizes, path["ids"], facts["bytes"], manifest["eot"])
+    sentences, marks = _open_units(path, starts, manifest["eot"] is not None)
+    return Split(
+        name, tokens, starts, sizes, path["ids"], facts["bytes"], manifest["eot"],
+        sentences, marks, manifest["vocab"], dict(controls),
+    )  # fmt: skip
+
+
+def _open_units(
+    path: dict[str, Path], starts: np.ndarray, led: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if "marks" not in path:
+        return None, None
+    size = int(starts[-1])
+    marks = np.memmap(path["marks"], np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+    if len(marks) != size:
+        raise damaged(path["marks"], "does not hold a mark for each of the tokens")
+    sentences = np.fromfile(path["sentences"], "<i8")
+    inside = not len(sentences) or (sentences[0] >= 0 and sentences[-1] < size)
+    if not inside or (np.diff(sentences) <= 0).any() or (led and np.isin(sentences, starts).any()):
+        raise damaged(path["sentences"], "does not divide the documents into sentences")
+    return sentences, marks
 
 
 def _verify(path: Path, entry: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 """The story of a run: prepare the data, resume or begin, step, score, save, report."""
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -20,7 +21,14 @@ from lmjax.metrics import MetricsWriter, Throughput
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
 from lmjax.run import Run
-from lmjax.step import State, abstract_state, create_state, jit_train_step, make_train_step
+from lmjax.step import (
+    State,
+    TrainStep,
+    abstract_state,
+    create_state,
+    jit_train_step,
+    make_train_step,
+)
 from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
 
 
@@ -44,7 +52,7 @@ def train(
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
     with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
-        run.plan().check(run.accumulate)
+        run.plan().check(*run.microbatches())
         if newest_step(workdir) is not None:
             refuse_other_recipe(run, workdir, allow)
         prepared = run.data.prepare(workdir, Work("tokenising"))
@@ -74,22 +82,19 @@ def _loop(
     stop_at: int,
 ) -> State:
     """Steps `first` … `run.steps` − 1. The host never waits for the step that it just started."""
-    plan = run.plan()
-    examples = partial(run.data.examples.train, prepared.store.splits["train"], run.seed)
-    step = make_train_step(
-        run.model, run.loss, run.optimiser(), run.schedule(), run.seed, run.accumulate
-    )
-    step_fn = jit_train_step(step, state)
-    score = None
-    if "validation" in prepared.store.splits:
-        score = Evaluator(run, prepared, "validation", run.evaluate_windows)
+    plan, makers = run.plan(), run.makers()
+    shapes = abstract_state(run.model, run.optimiser())
+    examples = [partial(m.train, prepared.store.splits["train"], run.seed) for m in makers]
+    step_of_phase = functools.cache(partial(_jitted_step, run, shapes))
+    score_of_phase = functools.cache(partial(_evaluator, run, prepared))
     log = Recorder(run, workdir, first)
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
 
     with contextlib.closing(log), jax.transfer_guard("disallow"):
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
-            state, metrics = step_fn(state, batch)
+            phase = plan.stage(done - 1).phase
+            state, metrics = step_of_phase(phase)(state, batch)
             if late is not None:
                 log.step(*late)
             late = (done, metrics)
@@ -97,7 +102,8 @@ def _loop(
             scoring = not stop and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
-                log.step(*late, held_out=score(state.params)["loss"] if score and scoring else None)
+                score = score_of_phase(phase) if scoring else None
+                log.step(*late, held_out=score(state.params) if score else None)
                 late = None
             if saving:
                 checkpoints.save(done, state)
@@ -108,6 +114,21 @@ def _loop(
             log.step(*late)
         checkpoints.finish()
     return state
+
+
+def _jitted_step(run: Run, state: State, phase: int) -> TrainStep:
+    """The train step of a phase; phases differ in shapes and in microbatches."""
+    accumulate = run.microbatches()[phase]
+    step = make_train_step(
+        run.model, run.loss, run.optimiser(), run.schedule(), run.seed, accumulate
+    )
+    return jit_train_step(step, state)
+
+
+def _evaluator(run: Run, prepared: Prepared, phase: int) -> Evaluator | None:
+    if "validation" not in prepared.store.splits:
+        return None
+    return Evaluator(run, prepared, "validation", run.evaluate_windows, phase)
 
 
 def _due(step: int, every: int) -> bool:
@@ -123,17 +144,18 @@ class Recorder:
         self._throughput = Throughput()
         self._bar = Progress(run.steps, first, run.batch * run.data.examples.length)
 
-    def step(self, step: int, metrics: Any, held_out: float | None = None) -> None:
-        """Metrics after `step` steps, and the validation loss if it was scored then.
+    def step(self, step: int, metrics: Any, held_out: dict[str, float] | None = None) -> None:
+        """Metrics after `step` steps, and the validation scores if it was scored then.
 
         Waits until that step is done.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         tokens = self._plan.tokens_after(step)
         rate = self._throughput.update(tokens - self._plan.tokens_after(step - 1))
-        self._bar.update(step, values["loss"], rate, held_out)
+        self._bar.update(step, values["loss"], rate, held_out and held_out["loss"])
         if held_out is not None:
-            values["held_out_loss"] = held_out
+            means = {k: v for k, v in held_out.items() if not k.endswith("_weight")}
+            values |= {f"held_out_{name}": value for name, value in means.items()}
             self._throughput.restart()
         if held_out is not None or step % self._every == 0 or step == self._steps:
             self._writer.write(step, {**values, "tokens": tokens, "tokens_per_second": rate})

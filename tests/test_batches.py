@@ -30,6 +30,10 @@ def make_examples():
     return partial(Windows(LENGTH).train, split, 5)
 
 
+def first_steps(plan: Plan) -> list[int]:
+    return [stage.first_step for stage in plan.stages]
+
+
 def gpt3_plan() -> Plan:
     return Plan(256, 2048, Ramp(start=16, increment=16, tokens=4e9))
 
@@ -62,17 +66,17 @@ def test_a_ramp_takes_every_example_once_and_each_size_for_equal_tokens():
 
 def test_the_gpt_3_ramp():
     plan = gpt3_plan()
-    assert plan.sizes == list(range(16, 257, 16))
-    edges = plan.first_step[1:]
+    assert [s.size for s in plan.stages] == list(range(16, 257, 16))
+    edges = first_steps(plan)[1:]
     assert len(edges) == 15 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
-    for edge, before, after in zip(edges, plan.sizes, plan.sizes[1:], strict=False):
+    for edge, before, after in zip(edges, [s.size for s in plan.stages], [s.size for s in plan.stages][1:], strict=False):
         assert plan.examples(edge - 1)[1] == before and plan.examples(edge)[1] == after
         first, size = plan.examples(edge - 1)
         assert plan.examples(edge)[0] == first + size  # nothing skipped, nothing twice
     # Fifteen sizes share 4e9 tokens; each is rounded up to a whole step of at most 0.5 M tokens.
     tokens = plan.tokens_after(edges[-1])
     assert 4e9 <= tokens < 4e9 + 15 * 256 * 2048
-    shares = np.diff([plan.tokens_after(s) for s in plan.first_step])
+    shares = np.diff([plan.tokens_after(s) for s in first_steps(plan)])
     assert (shares >= 4e9 / 15).all() and (shares < 4e9 / 15 + 240 * 2048).all()
     far = edges[-1] + 1000
     assert plan.tokens_after(far) == tokens + 1000 * 256 * 2048
@@ -80,7 +84,7 @@ def test_the_gpt_3_ramp():
 
 def test_traced_tokens_equal_the_exact_ones():
     plan = gpt3_plan()
-    steps = [0, 1, *(e + d for e in plan.first_step[1:] for d in (-1, 0, 1)), 100_000, 600_000]
+    steps = [0, 1, *(e + d for e in first_steps(plan)[1:] for d in (-1, 0, 1)), 100_000, 600_000]
     traced = jax.jit(jax.vmap(plan.tokens_after))(jnp.asarray(steps))
     exact = np.array([plan.tokens_after(s) for s in steps], np.float64)
     np.testing.assert_allclose(np.asarray(traced, np.float64), exact, rtol=1e-6)
@@ -120,7 +124,7 @@ RAMPED = Plan(BATCH, LENGTH, Ramp(start=4, increment=4, tokens=200))
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_change_no_batch(workers: int):
-    got = list(host_batches(make_examples(), RAMPED, 0, STEPS, workers=workers))
+    got = list(host_batches((make_examples(),), RAMPED, 0, STEPS, workers=workers))
     expected = list(reference(RAMPED, range(STEPS)))
     assert len(got) == STEPS and [len(b["tokens_BL"]) for b in got] == [4] * 4 + [8] * 3
     assert all(same(a, b) for a, b in zip(got, expected, strict=True))
@@ -129,7 +133,7 @@ def test_workers_change_no_batch(workers: int):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_shares_of_processes_make_up_the_batch(processes: int):
     shares = [
-        list(host_batches(make_examples(), RAMPED, 0, STEPS, share=(p, p + 1, processes)))
+        list(host_batches((make_examples(),), RAMPED, 0, STEPS, share=(p, p + 1, processes)))
         for p in range(processes)
     ]
     for parts, whole in zip(
@@ -142,7 +146,7 @@ def test_shares_of_processes_make_up_the_batch(processes: int):
 
 def test_uneven_shares_make_up_the_batch():
     parts = [
-        next(host_batches(make_examples(), RAMPED, 5, 6, share=share))
+        next(host_batches((make_examples(),), RAMPED, 5, 6, share=share))
         for share in [(0, 1, 4), (1, 4, 4)]
     ]
     whole = next(reference(RAMPED, range(5, 6)))
@@ -151,11 +155,11 @@ def test_uneven_shares_make_up_the_batch():
 
 
 def test_a_step_has_its_batch_wherever_reading_starts():
-    sequence = list(host_batches(make_examples(), RAMPED, 0, STEPS))
+    sequence = list(host_batches((make_examples(),), RAMPED, 0, STEPS))
     for step in range(STEPS):
-        alone = list(host_batches(make_examples(), RAMPED, step, step + 1))
+        alone = list(host_batches((make_examples(),), RAMPED, step, step + 1))
         assert len(alone) == 1 and same(alone[0], sequence[step])
-    tail = list(host_batches(make_examples(), RAMPED, 3, STEPS))
+    tail = list(host_batches((make_examples(),), RAMPED, 3, STEPS))
     assert len(tail) == STEPS - 3 and all(
         same(a, b) for a, b in zip(tail, sequence[3:], strict=True)
     )
@@ -201,7 +205,7 @@ def make(examples):
     return {"x": np.stack([examples, examples + 100], axis=1)}
 with sharding.use(sharding.Layout(*map(int, sys.argv[3:6])).mesh()):
     share = my_share()
-    for batch in batches(make, Plan(8, 1), 1, 3):
+    for batch in batches((make,), Plan(8, 1), 1, 3):
         held = [(s.index[0].indices(8)[:2], s.data.tolist()) for s in batch["x"].addressable_shards]
 print(repr((share, sorted(set(asked)), held)))
 """

@@ -29,8 +29,20 @@ from lmjax.step import abstract_state
 
 FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
-# Of the papers' sizes: GPT-1's release, GPT-2's four, and GPT-3 Small with its 2,048 positions.
+ENCODERS = ("bert", "roberta", "albert", "electra", "ernie")
+# Of the papers' sizes: GPT-1's release, GPT-2's four, and GPT-3 Small with its 2,048 positions;
+# encoders with their heads, ELECTRA with its generator.
 PARAMETERS = {
+    "bert_tiny": 4_433_468,
+    "bert_mini": 11_267_900,
+    "bert_small": 29_058_876,
+    "bert_medium": 41_668_412,
+    "bert_base": 110_106_428,
+    "bert_large": 336_226_108,
+    "roberta_base": 124_697_433,
+    "albert_base": 11_683_584 + 1_538 + 128_688,
+    "electra_small": 13_549_057 + 647_162,
+    "ernie_base": 100_477_778,
     "gpt1": 116_534_784,
     "gpt2_small": 124_439_808,
     "gpt2_small_hd128": 124_439_808,
@@ -39,8 +51,23 @@ PARAMETERS = {
     "gpt2_xl": 1_557_611_200,
     "gpt3_small": 125_226_240,
 }
-TOKENS_PER_STEP = {"gpt1": 64 * 512, "gpt3_small": 2**19}  # GPT-2: the open recipe's 480 × 1,024
+TOKENS_PER_STEP = {
+    "gpt1": 64 * 512,
+    "gpt3_small": 2**19,
+    "roberta_base": 2048 * 512,
+    "albert_base": 4096 * 512,
+    "electra_small": 128 * 128,
+    "ernie_base": 256 * 512,
+    **dict.fromkeys((f for f in FILES if f.startswith("bert")), 256 * 128),
+}  # GPT-2: the open recipe's 480 × 1,024
 SOURCE = {
+    "bert_base": "Devlin et al. 2018",
+    "bert_large": "Devlin et al. 2018",
+    **{f"bert_{size}": "Turc et al. 2019" for size in ("tiny", "mini", "small", "medium")},
+    "roberta_base": "Liu et al. 2019",
+    "albert_base": "Lan et al. 2019",
+    "electra_small": "Clark et al. 2020",
+    "ernie_base": "Sun et al. 2019",
     "gpt1": "Radford et al. 2018",
     "gpt3_small": "Brown et al. 2020",
     "shakespeare_char": "Karpathy 2022",
@@ -73,7 +100,8 @@ def test_describe_counts_what_the_paper_has_and_allocates_nothing(name, capsys, 
     length = recorded["data"]["examples"]["length"]
     assert summary["steps"] == recorded["steps"]
     assert summary["tokens_per_step"] == recorded["batch"] * length
-    assert 0 < summary["tokens"] <= summary["steps"] * summary["tokens_per_step"]
+    widest = max(summary["tokens_per_step"], summary.get("phase2_tokens_per_step", 0))
+    assert 0 < summary["tokens"] <= summary["steps"] * widest
     assert summary["flops_per_token"] > 6 * model["depth"] * 12 * model["width"] ** 2
     if name in PARAMETERS:
         assert summary["parameters"] == PARAMETERS[name]
@@ -123,11 +151,15 @@ def resting(name: str, layout: Layout) -> list[tuple[str, jax.ShapeDtypeStruct]]
 
 @every_file
 def test_rules_cover_the_whole_state_on_three_axes(name):
-    heads = recipe.load(str(ROOT / file_of(name))).model.heads
-    state = resting(name, Layout(2, 2, 2) if heads % 2 == 0 else Layout(2, 4, 1))
-    assert sum(path.endswith("kernel") for path, _ in state) == 3 * 4  # with two moments
+    model = recipe.load(str(ROOT / file_of(name))).model
+    heads = (model.heads, getattr(model, "generator_heads", 2))
+    even = all(n % 2 == 0 for n in heads)
+    state = resting(name, Layout(2, 2, 2) if even else Layout(2, 4, 1))
+    if not name.startswith(ENCODERS):
+        assert sum(path.endswith("kernel") for path, _ in state) == 3 * 4  # with two moments
     for path, x in state:  # of what is multiplied with, a device holds a quarter
-        if path.endswith(("kernel", "embedding")):
+        classes = path.endswith(("pair/kernel", "replaced/kernel"))  # a class is a column
+        if path.endswith(("kernel", "embedding")) and not classes:
             assert math.prod(x.sharding.shard_shape(x.shape)) * 4 == x.size, path
 
 
@@ -180,13 +212,40 @@ def test_the_toy_learns_and_is_scored_and_sampled(name, text, tmp_path, capsys):
         assert [line["step"] for line in lines] == list(range(1, 21))
 
         place = ("--tiny", f"--workdir={tmp_path}")
-        run("evaluate", file_of(name), *place)
+        run("evaluate", file_of(name), *place, *(PSEUDO if name.startswith(ENCODERS) else ()))
         capsys.readouterr()
+        (path,) = tmp_path.glob("evaluation-*.json")
+        scores = json.loads(path.read_text("utf-8"))
+        if name.startswith(ENCODERS):
+            check_encoder(name, place, scores, capsys)
+            return
         run("generate", file_of(name), *place, "--prompt=the cat", "--tokens=12", "--greedy")
     out = capsys.readouterr().out
     assert out.startswith("the cat") and len(out) > len("the cat\n")
-    (path,) = tmp_path.glob("evaluation-*.json")
-    check_evaluation(json.loads(path.read_text("utf-8")), lines[-1])
+    check_evaluation(scores, lines[-1])
+
+
+PSEUDO = ("--pseudo=100000",)
+
+
+def check_encoder(name: str, place: tuple[str, ...], scores: dict, capsys) -> None:
+    """What an encoder is for: words for masks, vectors, and scores under names of their own."""
+    run("fill", file_of(name), *place, "--text=the [MASK] sat on a mat", "--top=3", "--json")
+    (words,) = json.loads(capsys.readouterr().out)["masks"]
+    assert len(words) == 3 and sum(word["probability"] for word in words) <= 1
+    assert words[0]["probability"] >= words[1]["probability"] > 0
+    run("embed", file_of(name), *place, "--text=the cat sat", "--layer=1")
+    assert len(json.loads(capsys.readouterr().out)["vector"]) == 32
+    assert scores["step"] == 20 and scores["documents"] > 0 and scores["masked_count"] > 32
+    assert scores["masked_perplexity"] == pytest.approx(math.exp(scores["masked_loss"]))
+    assert scores["pseudo_exact"] and scores["pseudo_perplexity_error"] == 0
+    nats = scores["pseudo_loss"] * scores["pseudo_tokens"]
+    bits = nats / math.log(2) / scores["bytes"]
+    assert scores["pseudo_bits_per_byte"] == pytest.approx(bits)
+    assert ("pair_accuracy" in scores) == name.startswith(("bert", "albert", "ernie"))
+    assert ("replaced_auc" in scores) == name.startswith("electra")
+    assert set(scores["comparable_with"]) <= set(scores)
+    assert scores["baselines"]["unigram_masked_accuracy"] < 0.5
 
 
 def check_evaluation(scores: dict, last: dict) -> None:

@@ -17,7 +17,8 @@ from commands import write_text
 from lmjax import recipe, sharding
 from lmjax.checkpoint import Checkpoints
 from lmjax.data import Data, Prepared
-from lmjax.evaluate import Evaluator, evaluate, split_text
+from lmjax.evaluate import evaluate, next_token_report, split_text
+from lmjax.evaluator import Evaluator
 from lmjax.examples.windows import Windows
 from lmjax.losses import next_token
 from lmjax.models.gpt import GPT
@@ -237,5 +238,5 @@ def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(run, tmp_path):
         whole = Evaluator(other, prepared, "test")
         prepared.store.manifest["splits"]["test"]["unknown"] = 1  # as if one were not seen before
         lossy = Evaluator(other, prepared, "test")
-        assert whole.report(PARAMS, 0)["bits_per_byte"] > 0
-        assert lossy.report(PARAMS, 0)["bits_per_byte"] is None
+        assert next_token_report(whole, whole(PARAMS))["bits_per_byte"] > 0
+        assert next_token_report(lossy, lossy(PARAMS))["bits_per_byte"] is None

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lmjax import losses, recipe
 from lmjax.convert.exchange import import_folder
-from lmjax.convert.huggingface import export_gpt2, hub_shapes, hub_tensors, import_gpt2
+from lmjax.convert.gpt import export_gpt2, hub_shapes, hub_tensors, import_gpt2
 from lmjax.generate import Sampling, beam_search, stream
 from lmjax.models.gpt import GPT
 from lmjax.sample import sample
@@ -224,7 +224,7 @@ def test_a_file_that_lost_a_bit_is_not_exported(tmp_path, monkeypatch):
         bent[3, 3] += 1e-3
         save_file(tensors | {"h.0.mlp.c_fc.weight": bent}, path, metadata)
 
-    monkeypatch.setattr("lmjax.convert.huggingface.save_file", damaged)
+    monkeypatch.setattr("lmjax.convert.hub.save_file", damaged)
     with pytest.raises(ValueError, match="do not give the model's logits"):
         export_gpt2(tmp_path / "out", model, params)
     assert not list(tmp_path.iterdir())

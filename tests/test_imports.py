@@ -15,8 +15,13 @@ FLOORS = (
     "text_bytes",
     "text_files",
     "text",
-    "bpe spm",
+    "tokenizer_base bpe spm",
+    "wordpiece",
+    "pretokenized",
     "tokenizer",
+    "sentences words",
+    "units",
+    "store_build",
     "store",
     "data",
     "recipe",
@@ -29,6 +34,9 @@ FLOORS = (
     "models.*",
     "losses",
     "examples.permutation",
+    "examples.draws",
+    "examples.masks examples.packing examples.sentences",
+    "examples.rows",
     "examples.*",
     "batches",
     "optim",
@@ -38,8 +46,14 @@ FLOORS = (
     "checkpoint",
     "metrics progress charts report_page",
     "report",
+    "evaluator pseudo",
+    "masked_scores",
     "evaluate",
-    "generate",
+    "vectors",
+    "generate fill embed",
+    "convert.hub convert.tf_checkpoint",
+    "convert.encoder_names convert.google convert.tokenizer_files",
+    "convert.encoder_config",
     "convert.*",
     "convert.exchange",
     "sample",
@@ -47,8 +61,9 @@ FLOORS = (
     "__main__",
 )
 HOST_ONLY = (
-    "document text_bytes text_files text bpe spm tokenizer store data recipe "
-    "examples.permutation examples.windows metrics progress charts report_page report"
+    "document text_bytes text_files text bpe spm tokenizer units store data recipe "
+    "examples.permutation examples.windows examples.pairs examples.full_sentences "
+    "examples.instances vectors metrics progress charts report_page report"
 ).split()
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

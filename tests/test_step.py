@@ -67,7 +67,7 @@ def train(layout: Layout, steps: int, accumulate: int = 1):
         state = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED)
         first, step = jax.device_get(state.params), jitted_step(state, accumulate)
         metrics = []
-        for batch in batches(make, Plan(BATCH, LENGTH), 0, steps):
+        for batch in batches((make,), Plan(BATCH, LENGTH), 0, steps):
             state, values = step(state, batch)
             metrics.append(values)
         return first, jax.device_get(metrics), jax.device_get(state.params), step._cache_size()
@@ -103,7 +103,7 @@ def test_parameters_and_moments_are_born_sharded():
         state = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED)
         wanted = abstract_state(MODEL, OPTIM.transform(SCHEDULE))
         metrics_step = jitted_step(state)
-        batch = next(iter(batches(make, Plan(BATCH, LENGTH), 0, 1)))
+        batch = next(iter(batches((make,), Plan(BATCH, LENGTH), 0, 1)))
         after, _ = metrics_step(state, batch)
     split = 0
     for (path, x), w in zip(
@@ -246,7 +246,7 @@ def test_the_state_is_donated_and_the_step_needs_no_transfer():
     with sharding.use(Layout(2, 2, 2).mesh()):
         state = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED)
         step = jitted_step(state)
-        for batch in batches(make, Plan(BATCH, LENGTH), 0, 3):
+        for batch in batches((make,), Plan(BATCH, LENGTH), 0, 3):
             before = state
             with jax.transfer_guard("disallow"):
                 state, _ = step(before, batch)

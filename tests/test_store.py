@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lmjax import store as module
+from lmjax import store_build
 from lmjax.data import Data, Prepared, open_prepared
 from lmjax.document import Document, Report
 from lmjax.store import Occupied, Store, build_store, building, open_store
@@ -170,7 +171,7 @@ def test_nothing_is_built_over_something(built: Store, tokenizer: Tokenizer):
 
 
 def test_progress_counts_bytes(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(store_build, "BATCH_BYTES", 100)
     seen: list[tuple[int, int | None]] = []
     total = sum(len(d.text) for d in DOCUMENTS)
     build_store(
@@ -193,12 +194,12 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer):
 BUILDER = """
 import sys, time
 from pathlib import Path
-from lmjax import store
+from lmjax import store_build
 from lmjax.data import Data
 from lmjax.text import Files
 from lmjax.tokenizer import ByteBPE
 
-store.BATCH_BYTES = 2000
+store_build.BATCH_BYTES = 2000
 slow = float(sys.argv[3])
 Data(Files(sys.argv[1]), ByteBPE(vocab=300), None, validation=0.2, test=0.2).prepare(
     Path(sys.argv[2]), progress=lambda done, total: time.sleep(slow), say=lambda line: None)

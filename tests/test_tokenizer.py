@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmjax import tokenizer as module
+from lmjax import tokenizer_base
 from lmjax.tokenizer import (
     GPT1BPE,
     ByteBPE,
@@ -76,8 +77,8 @@ def test_training_is_deterministic_and_learns(tmp_path: Path, made, name: str):
 @pytest.mark.parametrize("name", [*SPECS, "characters"])
 def test_long_documents_are_encoded_in_pieces(made, name: str, monkeypatch):
     whole = made[name].encode(PROSE)
-    monkeypatch.setattr(module, "PIECE_BYTES", 512)
-    monkeypatch.setattr(module, "GROUP_BYTES", 2048)
+    monkeypatch.setattr(tokenizer_base, "PIECE_BYTES", 512)
+    monkeypatch.setattr(tokenizer_base, "GROUP_BYTES", 2048)
     largest = []
     inner = made[name]._encode_pieces
     monkeypatch.setattr(made[name], "_encode_pieces", lambda t: largest.append(t) or inner(t))
@@ -263,6 +264,116 @@ def test_gpt1_ids_and_pieces_equal_the_golden_ones(tmp_path: Path):
     for row in rows:
         assert tokenizer.encode(row["text"]).tolist() == row["ids"]
         assert tokenizer.pieces(row["text"]) == row["tokens"]
+
+
+ENCODERS = {
+    "roberta": (ByteBPE(vocab=340, controls="roberta"), ["<s>", "<pad>", "</s>", "<mask>"]),
+    "albert": (
+        SentencePiece(vocab=400, model_type="unigram", controls="albert"),
+        ["[CLS]", "<pad>", "[SEP]", "[MASK]"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("encoders")
+    for name, (spec, _) in ENCODERS.items():
+        spec.build(iter(TEXTS), folder / name)
+    return {name: load_tokenizer(folder / name) for name in ENCODERS}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_has_controls_that_no_text_yields(encoders, name: str):
+    tokenizer, names = encoders[name], ENCODERS[name][1]
+    ids = [tokenizer.controls[key] for key in ("cls", "pad", "sep", "mask")]
+    assert ids == ([0, 1, 2, 339] if name == "roberta" else [2, 0, 3, 4])
+    assert [tokenizer.piece(i) for i in ids] == names and tokenizer.eot == ids[2]
+    assert tokenizer.decode(ids) == "" and tokenizer.word_starts[ids].all()
+    for text in (*ODD, "[CLS] [SEP][MASK]<pad> <mask></s><s>", PROSE):
+        found = tokenizer.encode(text)
+        assert not set(ids) & set(found.tolist()) and tokenizer.decode(found) == text
+    assert tokenizer.lossless and tokenizer.unknown is None
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_masks_stand_for_a_word_and_its_blank(encoders, name: str):
+    tokenizer = encoders[name]
+    mask = tokenizer.controls["mask"]
+    for sign in ("[MASK]", "<mask>"):
+        ids = tokenizer.encode_masked(f"the quick {sign} fox{sign}.")
+        parts = [tokenizer.encode(part).tolist() for part in ("the quick", " fox", ".")]
+        assert ids.tolist() == [*parts[0], mask, *parts[1], mask, *parts[2]]
+        assert ids.dtype == np.int32
+    assert tokenizer.encode_masked("the fox").tolist() == tokenizer.encode("the fox").tolist()
+    assert tokenizer.encode_masked("<mask>").tolist() == [mask]
+
+
+def test_decoders_have_no_controls(made: dict[str, Tokenizer]):
+    for tokenizer in made.values():
+        # Their descriptions are what they were before there were controls.
+        described = json.loads((tokenizer.directory / "description.json").read_text())
+        assert tokenizer.controls == {} and "controls" not in described
+        with pytest.raises(ValueError, match="this tokenizer has no mask"):
+            tokenizer.encode_masked("a [MASK]")
+        with pytest.raises(ValueError, match="does not say where in the text"):
+            tokenizer.offsets(["a"])
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_published_controls_are_found_by_name(tmp_path: Path, encoders, name: str):
+    source = encoders[name].directory
+    if name == "albert":
+        spec = SentencePiece(path=str(source / "sentencepiece.model"), controls="albert")
+    else:  # as RoBERTa is published: all of its pieces in one table
+        model = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        table = model["model"]["vocab"] | {t["content"]: t["id"] for t in model["added_tokens"]}
+        (tmp_path / "vocab.json").write_text(json.dumps(table))
+        merges = [" ".join(pair) for pair in model["model"]["merges"]]
+        (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), "utf-8")
+        spec = ByteBPE(path=str(tmp_path), controls="roberta")
+    spec.build(iter([]), tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.controls == encoders[name].controls and tokenizer.eot == encoders[name].eot
+    assert tokenizer.encode(PROSE).tolist() == encoders[name].encode(PROSE).tolist()
+    assert tokenizer.vocab == encoders[name].vocab
+    assert tokenizer.controls["mask"] not in tokenizer.encode("<mask>[MASK]")
+
+
+def test_files_without_controls_are_no_encoders(tmp_path: Path, made):
+    model = made["bpe"].directory / "sentencepiece.model"
+    with pytest.raises(ValueError, match=r"no control \[CLS\] and no \[SEP\].*is it ALBERT's"):
+        SentencePiece(path=str(model), controls="albert").build(iter([]), tmp_path / "t")
+    with pytest.raises(ValueError, match=r"has no <s> and no <pad>.*; is it RoBERTa's\?"):
+        ByteBPE(path=str(made["byte-bpe"].directory), controls="roberta").build(
+            iter([]), tmp_path / "t"
+        )
+    with pytest.raises(ValueError, match=r"controls='bert': allowed are '' or 'albert'"):
+        SentencePiece(controls="bert")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["roberta", "albert"])
+def test_words_start_at_blanks_signs_and_chinese(encoders, name: str):
+    tokenizer = encoders[name]
+    ids = tokenizer.encode(" shells, naïve 中文x")
+    begins, word = [], ""
+    for i in ids:
+        word = tokenizer.piece(int(i)) if tokenizer.word_starts[i] else ""
+        begins += [word] if word else []
+    first = " " if name == "roberta" else "\u2581"
+    assert [word[0] for word in begins[:3]] == [first, ",", first]
+    whole = tokenizer.decode(ids[np.flatnonzero(tokenizer.word_starts[ids])[3] :])
+    assert whole.lstrip().startswith("中") and len(begins) in (5, 6)
+
+
+@pytest.mark.parametrize(
+    "spelling, begins",
+    [(b" a", True), (b"a", False), (b"7", False), (b",", True), ("é".encode(), False)]
+    + [("中".encode(), True), (b"\xe4\xb8", True), (b"\xb8\xad", False), (b"\xc3", False)]
+    + [("\u0301".encode(), False), (b"\n", True), (b"", True)],
+)
+def test_a_spelling_says_whether_a_word_begins(spelling: bytes, begins: bool):
+    assert tokenizer_base.begins_word(spelling) == begins
 
 
 def test_a_damaged_folder_names_the_file(tmp_path: Path, made):

@@ -10,30 +10,34 @@ import jax
 
 from lmjax import recipe, sharding
 from lmjax.checkpoint import Checkpoints, load_params, newest_step
-from lmjax.convert.huggingface import Info, export_gpt2, import_gpt2
+from lmjax.convert.encoders import PARTS, Encoder, export_encoder, import_encoder
+from lmjax.convert.google import google_prefix
+from lmjax.convert.gpt import export_gpt2, import_gpt2
+from lmjax.convert.hub import Info, read_config
+from lmjax.convert.tokenizer_files import published_files, published_spec
 from lmjax.models.gpt import GPT
 from lmjax.run import Run, replace
 from lmjax.step import State, abstract_params, abstract_state, state_from
-from lmjax.tokenizer import GPT1BPE, ByteBPE, load_tokenizer
+from lmjax.tokenizer import load_tokenizer
 from lmjax.workdir import RunLock, record
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "encoder.json", "encoder_bpe_40000.json")
-_EXPORTED = ("tokenizer.json", "sentencepiece.model")
+# Fields that no published folder settles: they are the recipe's.
+_OURS = ("dtype", "kernel", "remat", "unroll", "truncated_init", "temperature")
 
 
 def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) -> None:
-    """Begins a run in `workdir` with the weights, and the tokeniser if any, of a hub folder.
+    """Begins a run in `workdir` with the weights, and the tokeniser if any, of a published folder.
 
     The folder's sizes replace those of the recipe; everything else is the recipe's. The first
     checkpoint is step 0, with a fresh optimiser.
 
     Raises:
-      ValueError: `workdir` holds a run, or the folder is none that a model here can express, or
-        its tokeniser has ids without a row in the model.
+      ValueError: `workdir` holds a run, or the folder is none that the recipe's model can express,
+        or its tokeniser has ids without a row in the model.
     """
     if newest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already; choose another --workdir")
-    model, params, info = import_gpt2(source)
+    model, params, info = _read(source, run.model)
     run = _fitted(run, model, source, info)
     workdir.mkdir(parents=True, exist_ok=True)
     with sharding.use(run.mesh.mesh()), contextlib.closing(RunLock(workdir)):
@@ -53,20 +57,50 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     print(f"{source} → {workdir}: {run.parameters():,} parameters")
 
 
-def _fitted(run: Run, model: GPT, source: Path, info: Info) -> Run:
-    """The recipe with the folder's model and tokeniser, and windows that its context holds."""
+def _read(source: Path, like: Any) -> tuple[GPT | Encoder, Any, Info]:
+    """The model of a folder, which must be of the recipe's class."""
+    if isinstance(like, GPT):
+        return import_gpt2(source)
+    if (source / "config.json").is_file():
+        named = read_config(source)[0].get("model_type")
+        if named in ("gpt2", "openai-gpt"):
+            raise ValueError(f"{source} holds a {named}, the recipe a {type(like).__name__}")
+    model, params, info = import_encoder(source, like)
+    if type(model) is not type(like):
+        raise ValueError(
+            f"{source} holds a {type(model).__name__} ({info.model_type}), the recipe a"
+            f" {type(like).__name__}; choose another experiment"
+        )
+    return model, params, info
+
+
+def _fitted(run: Run, model: GPT | Encoder, source: Path, info: Info) -> Run:
+    """The recipe with the folder's model and tokeniser, and examples that its context holds."""
     mine = run.model
-    model = model.clone(dtype=mine.dtype, kernel=mine.kernel, remat=mine.remat, unroll=mine.unroll)
+    model = model.clone(**{key: getattr(mine, key) for key in _OURS if hasattr(mine, key)})
     data = run.data
-    if any((source / name).is_file() for name in _TOKENIZER_FILES):
-        kind = GPT1BPE if info.model_type == "openai-gpt" else ByteBPE
-        data = replace(data, tokenizer=kind(vocab=model.vocab, path=str(source.absolute())))
+    found = published_spec(_tokenizer_folder(source), info.model_type, model.vocab)
+    if found is not None:
+        data = replace(data, tokenizer=found)
     else:
         print(f"note: {source} has no tokeniser; evaluate and generate need one")
-    length = min(data.examples.length, model.context)
-    return replace(
-        run, model=model, data=replace(data, examples=replace(data.examples, length=length))
-    )
+    data = replace(data, examples=_shortened(data.examples, model.context))
+    last = run.phase2
+    if last is not None:
+        last = replace(last, examples=_shortened(last.examples, model.context))
+    return replace(run, model=model, data=data, phase2=last)
+
+
+def _shortened(examples: Any, context: int) -> Any:
+    return replace(examples, length=min(examples.length, context))
+
+
+def _tokenizer_folder(source: Path) -> Path:
+    """Where a source's tokeniser lies: ELECTRA's is beside its discriminator."""
+    if (source / PARTS[0] / "config.json").is_file():
+        return source / PARTS[0]
+    prefix = None if (source / "config.json").is_file() else google_prefix(source)
+    return source if prefix is None else prefix.parent
 
 
 def _first_state(run: Run, params: Any) -> State:
@@ -85,13 +119,16 @@ def export_folder(run: Run, workdir: Path, target: Path) -> None:
       ValueError: no checkpoint, a model that the format cannot express, or a target in the way.
     """
     files: dict[str, bytes] = {}
-    eot = None
+    tokenizer = None
     if (workdir / "tokenizer").is_dir():
-        eot = load_tokenizer(workdir / "tokenizer").eot
-        for name in _EXPORTED:
-            if (workdir / "tokenizer" / name).is_file():
-                files[name] = (workdir / "tokenizer" / name).read_bytes()
+        tokenizer = load_tokenizer(workdir / "tokenizer")
+        files = published_files(workdir / "tokenizer")
     with sharding.use(sharding.Layout().mesh()):
         step, params = load_params(workdir, abstract_params(run.model))
-        export_gpt2(target, run.model, params, files, eot)
+        if isinstance(run.model, GPT):
+            export_gpt2(target, run.model, params, files, tokenizer.eot if tokenizer else None)
+        elif isinstance(run.model, Encoder):
+            export_encoder(target, run.model, params, files, tokenizer and tokenizer.controls)
+        else:
+            raise ValueError(f"a {type(run.model).__name__} has no published format")
     print(f"step {step:,} of {workdir} → {target}: its logits are those of the checkpoint")

@@ -10,41 +10,47 @@ import numpy as np
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix(*words: int) -> int:
     """A 63-bit hash of integers: seeds for independent uses of one seed."""
     state = 0x9E3779B97F4A7C15
     for word in words:
-        state = _scramble(np.uint64((state ^ (word & _MASK)) & _MASK))
-    return int(state) >> 1
+        state = _scramble_word((state ^ word) & _MASK)
+    return state >> 1
 
 
-def _scramble(x):
-    """The finaliser of splitmix64, on a uint64 scalar or array."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return int(x) if np.ndim(x) == 0 else x
+def scramble(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, on a uint64 array."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
+    return x ^ (x >> np.uint64(31))
+
+
+def _scramble_word(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
+    return x ^ (x >> 31)
 
 
 def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Images of `index` (any shape, each in [0, n)) under the permutation of [0, n) of `seed`."""
     assert n > 0 and (len(index) == 0 or (index.min() >= 0 and index.max() < n))
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    out = index.astype(np.uint64)
-    outside = np.ones(out.shape, bool)
-    while outside.any():
-        out[outside] = _feistel(out[outside], half, seed)
-        outside = out >= n
-    return out.astype(np.int64)
+    keys = [np.uint64(mix(seed, round_)) for round_ in range(_ROUNDS)]
+    out = index.astype(np.uint64).reshape(-1)
+    outside = np.arange(out.size)
+    while outside.size:
+        image = _feistel(out[outside], half, keys)
+        out[outside] = image
+        outside = outside[image >= n]
+    return out.astype(np.int64).reshape(index.shape)
 
 
-def _feistel(x: np.ndarray, half: int, seed: int) -> np.ndarray:
+def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
     left, right = x >> np.uint64(half), x & mask
-    for round_ in range(_ROUNDS):
-        key = np.uint64(mix(seed, round_))
-        left, right = right, left ^ (_scramble(right + key) & mask)
+    for key in keys:
+        left, right = right, left ^ (scramble(right + key) & mask)
     return (left << np.uint64(half)) | right
