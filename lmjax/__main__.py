@@ -187,10 +187,8 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
     parser.add_argument("--split", default="", help="default: test, or validation without one")
-    parser.add_argument(
-        "--pseudo", type=int, default=1024, metavar="N",
-        help="encoders: tokens that are masked one at a time, at most (default %(default)s)",
-    )  # fmt: skip
+    about = "encoders: tokens to mask one at a time, at most (default %(default)s)"
+    parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=about)
 
 
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:

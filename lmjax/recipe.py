@@ -123,6 +123,8 @@ def _parse_field(owner: Any, field: dataclasses.Field, current: Any, text: str, 
     if parse is not None:
         return parse(text, current)
     hint = typing.get_type_hints(type(owner)).get(field.name, Any)
+    if type(None) in typing.get_args(hint) and text.lower() == "none":
+        return None
     if dataclasses.is_dataclass(current) or callable(current) or hint is Any:
         inner = [f.name for f in fields(current)] if dataclasses.is_dataclass(current) else []
         keys = ", ".join(f"--{key}.{n}" for n in inner)

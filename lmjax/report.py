@@ -24,12 +24,28 @@ _MEASURES = {
     "perplexity": ("Perplexity", "per token"),
     "bits_per_byte": ("Bits per byte", "of text"),
 }
+_ENCODER_MEASURES = {
+    "masked_loss": ("Masked tokens", "nats"),
+    "masked_accuracy": ("Masked accuracy", "share"),
+    "pair_accuracy": ("Pair accuracy", "share"),
+    "replaced_accuracy": ("Replaced accuracy", "share"),
+    "replaced_auc": ("Replaced AUC", "chance 0.5"),
+    "pseudo_perplexity": ("Pseudo-perplexity", "one mask at a time"),
+    "pseudo_bits_per_byte": ("Pseudo-bits per byte", "one mask at a time"),
+}
 _BASELINES = {"unigram_bits_per_byte": "unigram model", "xz_bits_per_byte": "xz"}
 _SMALL_CHARTS = {
     "learning_rate": "Learning rate",
     "gradient_norm": "Gradient norm",
     "tokens_per_second": "Tokens a second",
 }
+_HELD_OUT_CHARTS = {
+    "held_out_masked_accuracy": "Held-out masked accuracy",
+    "held_out_pair_accuracy": "Held-out pair accuracy",
+    "held_out_replaced_accuracy": "Held-out replaced accuracy",
+}
+
+_SMOOTH = ("gradient_norm", "tokens_per_second")
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -119,9 +135,13 @@ def _cards(cards: Sequence[str]) -> str:
 def _score_cards(scores: Mapping[str, Any], split: str) -> list[str]:
     return [
         card(label, number(scores[key]), f"{unit}, {split} split")
-        for key, (label, unit) in _MEASURES.items()
+        for key, (label, unit) in _measures(scores).items()
         if is_number(scores.get(key))
     ]
+
+
+def _measures(scores: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    return _ENCODER_MEASURES if "masked_loss" in scores else _MEASURES
 
 
 def _last_look(metrics: Records) -> list[str]:
@@ -157,6 +177,8 @@ def _compared(scores: Mapping[str, Any]) -> str:
     rows: list[tuple[str, Any]] = [("this model", scores.get("bits_per_byte"))]
     baselines = scores.get("baselines")
     for key, value in baselines.items() if isinstance(baselines, Mapping) else ():
+        if not str(key).endswith("_bits_per_byte"):
+            continue
         name = _BASELINES.get(str(key), str(key).removesuffix("_bits_per_byte").replace("_", " "))
         rows.append((name, value))
     bars = [(name, value) for name, value in rows if is_number(value) and math.isfinite(value)]
@@ -175,7 +197,8 @@ def _compared(scores: Mapping[str, Any]) -> str:
 
 def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
     keys = dict.fromkeys(key for scores in splits.values() for key in scores)
-    keys.pop("baselines", None)
+    for key in ("baselines", "comparable_with"):
+        keys.pop(key, None)
     head = "".join(f'<th scope="col">{escape(split)}</th>' for split in splits)
     rows = "".join(
         f'<tr><th scope="row">{escape(key.replace("_", " ").capitalize())}</th>'
@@ -183,7 +206,20 @@ def _split_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
         + "</tr>"
         for key in keys
     )
-    return f'<div class="wide"><table class="splits"><tr><td></td>{head}</tr>{rows}</table></div>'
+    table = f'<table class="splits"><tr><td></td>{head}</tr>{rows}</table>'
+    return f'<div class="wide">{table}</div>{_comparable(splits)}'
+
+
+def _comparable(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """What each number may be compared with, where the evaluation says so."""
+    said: dict[str, str] = {}
+    for scores in splits.values():
+        others = scores.get("comparable_with")
+        said |= {str(k): str(v) for k, v in others.items()} if isinstance(others, Mapping) else {}
+    if not said:
+        return ""
+    lines = "; ".join(f"{key.replace('_', ' ')}: {other}" for key, other in said.items())
+    return note(f"Compare only with. {lines}.")
 
 
 def _samples(path: Path) -> str:
@@ -216,11 +252,15 @@ def _curves(metrics: Records) -> str:
         return note(f"There is no {METRICS_FILE} in this folder, or it is empty: no curves.")
     curves = {key: _curve(metrics, key) for key in ("loss", "held_out_loss", *_SMALL_CHARTS)}
     absent = [key for key, (steps, _) in curves.items() if not len(steps)]
+    charts = dict(_SMALL_CHARTS)
+    for key, label in _HELD_OUT_CHARTS.items():
+        if len((curve := _curve(metrics, key))[0]):
+            curves[key], charts[key] = curve, label
     try:
         shown = _loss_figures(curves["loss"], curves["held_out_loss"])
         small = [
-            _figure(label, key, (360, 230), curves[key], smooth=key != "learning_rate")
-            for key, label in _SMALL_CHARTS.items()
+            _figure(label, key, (360, 230), curves[key], smooth=key in _SMOOTH)
+            for key, label in charts.items()
             if key not in absent
         ]
     except ImportError:

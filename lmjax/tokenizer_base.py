@@ -89,14 +89,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _begins_word(self, token: int) -> bool:
-        """Whether an id begins a word by its spelling."""
+        """Whether an id begins a word by its spelling, or is a control."""
 
     @cached_property
     def word_starts(self) -> np.ndarray:
         """bool[vocab]: whether an id begins a word by its spelling; controls do."""
-        starts = np.array([self._begins_word(i) for i in range(self.vocab)], bool)
-        starts[list(self.controls.values())] = True
-        return starts
+        return np.array([self._begins_word(i) for i in range(self.vocab)], bool)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of one text, int32[tokens]."""

@@ -173,7 +173,7 @@ def test_meshes_hold_the_same_batches(layout: Layout):
     plan = Plan(BATCH, LENGTH)
     expected = list(reference(plan, range(2, 5)))
     with sharding.use(layout.mesh()), jax.transfer_guard("disallow"):
-        got = list(batches(make_examples(), plan, 2, 5))
+        got = list(batches((make_examples(),), plan, 2, 5))
     assert len(got) == 3
     for batch, whole in zip(got, expected, strict=True):
         assert same(jax.device_get(batch), whole)

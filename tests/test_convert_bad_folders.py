@@ -17,12 +17,19 @@ def test_electra_parts_that_do_not_belong_together_are_refused(tmp_path):
     write(tmp_path / "generator", small_config, small | {words: small[words] + 1})
     with pytest.raises(ValueError, match="word_embeddings.weight differs from the discriminator"):
         import_encoder(tmp_path)
-    write(tmp_path / "generator", small_config | {"max_position_embeddings": 15}, small)
-    with pytest.raises(ValueError, match="context=15, the discriminator's is 16"):
+    write(tmp_path / "generator", small_config | {"layer_norm_eps": 1e-5}, small)
+    with pytest.raises(ValueError, match="epsilon=1e-05, the discriminator's is 1e-12"):
         import_encoder(tmp_path)
     write(tmp_path / "generator", small_config, small)
     with pytest.raises(ValueError, match="holds no discriminator"):
         import_encoder(tmp_path / "generator")
+    write(tmp_path / "generator", config, tensors)
+    with pytest.raises(ValueError, match="holds no generator"):
+        import_encoder(tmp_path)
+    write(tmp_path / "generator", small_config, small)
+    write(tmp_path / "discriminator", config, {k: x for k, x in tensors.items() if k != words})
+    with pytest.raises(ValueError, match="missing: embeddings.word_embeddings.weight"):
+        import_encoder(tmp_path)
     for part, content in (
         ("generator", (small_config, small)),
         ("discriminator", (config, tensors)),

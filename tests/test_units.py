@@ -4,6 +4,7 @@
 import gzip
 import json
 import pickle
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -24,7 +25,6 @@ from lmjax.tokenizer import (
     LABEL,
     WORD,
     ByteBPE,
-    Characters,
     PretokenizedERNIE,
     SentencePiece,
     Tokenizer,
@@ -33,7 +33,8 @@ from lmjax.tokenizer import (
 )
 from lmjax.units import Units, reader
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 TEXT = (
     "The unbelievable fox ran. It was 3.5 p.m. when Mr. Fox stopped!\n\n"
     "“Why?” she asked. 诸葛亮任益州刺史。他喜欢北京！\n"
@@ -159,10 +160,14 @@ def test_jieba_joins_chinese_and_leaves_latin_words(tokenizer: Tokenizer, tmp_pa
     assert not list(tmp_path.iterdir())  # jieba's own cache would be shared and trusted
 
 
-def test_jieba_is_silent(tokenizer: Tokenizer, capfd):
+def test_jieba_is_silent(tmp_path: Path):
     pytest.importorskip("jieba")
-    shown(tokenizer, Units(words="jieba"), "他喜欢北京")
-    assert capfd.readouterr() == ("", "")
+    code = (  # compiled anew, which is when Python warns of what jieba's sources hold
+        "import sys, warnings, lmjax.words; warnings.simplefilter('error');"
+        f"sys.pycache_prefix = {str(tmp_path)!r}; lmjax.words.Jieba().word_starts('他喜欢北京')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_without_jieba_the_remedy_is_named(tokenizer: Tokenizer, monkeypatch):
@@ -185,7 +190,7 @@ def entities(tmp_path: Path) -> Path:
         ("益州刺史", "|^益|州|刺|^史"),  # from the left, so 刺史 is torn
         ("The fox ran.", "|^the|^fox|ran|^."),
         ("fox Fox fox.", "|^fox|^fox|^fox|^."),
-        ("There", "|^there"),  # "The" is no word there
+        ("There aFox ran", "|^there|^afox|^ran"),  # "The" and "Fox" are no words there
         ("北京", "|^北|^京"),
     ],
 )
@@ -391,8 +396,3 @@ def test_baidus_demo_is_read(tmp_path: Path):
     assert (split.marks & LABEL > 0).mean() * split.n_tokens / 10_000 == pytest.approx(
         stats["next_sentence_mean"]
     )
-
-
-def test_characters_have_no_controls(tmp_path: Path):
-    Characters().build(iter([b"ab"]), tmp_path / "t")
-    assert load_tokenizer(tmp_path / "t").controls == {}

@@ -115,12 +115,8 @@ def _single(
     """A model with one encoder from its settings and tensors."""
     family, sizes = config["model_type"], read_sizes(config, path)
     heads = find_heads(family, _shapes(tensors), _scores_tokens(config))
-    if (
-        family == "roberta"
-        and heads.sequence
-        and tensors.pop("pooler.dense.weight", None) is not None
-    ):
-        tensors.pop("pooler.dense.bias", None)
+    if family == "roberta" and heads.sequence and "pooler.dense.weight" in tensors:
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("pooler.")}
         notes += ("the pooler is not read: RoBERTa's classifier has one of its own",)
     if (heads.pair or heads.sequence) and not heads.pooler:
         raise ValueError(f"{path.parent}: a head on the pooled state, but no pooler")
@@ -132,45 +128,38 @@ def _single(
 
 def _electra(discriminator: Path, generator: Path | None, like: Any) -> tuple[ELECTRA, Any, Info]:
     """ELECTRA from one or both of its folders; without a generator, a new one is drawn."""
-    big, heads, big_tensors = _electra_part(discriminator)
-    if heads.masked or not heads.replaced:
-        raise ValueError(
-            f"{discriminator} holds no discriminator; name its folder, or one with the folders"
-            f" {' and '.join(PARTS)}"
-        )
-    read = [(slots("electra", big, heads, "discriminator/"), big_tensors, discriminator)]
+    big, tensors = _electra_part(discriminator, Heads(replaced=True))
+    wanted = slots("electra", big, Heads(replaced=True), "discriminator/")
+    read = [(wanted, tensors, discriminator)]
     if generator is None:
         small = _new_generator(big, like)
         model = encoder_config.electra_model(big, small)
         drawn = jax.jit(lambda: init_params(model, 0))()
-        notes = (
-            f"{discriminator} has no generator: a new one of width {small.width} was drawn, as for"
-            " a new run",
-        )
-        return (
-            model,
-            _assemble(model, tuple(read), drawn),
-            Info("electra", None, notes),
-        )
-    small, heads, tensors = _electra_part(generator)
-    _check_activation("electra", small, heads, generator)
+        note = f"{discriminator} has no generator: a new one of width {small.width} was drawn"
+        return model, _assemble(model, tuple(read), drawn), Info("electra", None, (note,))
+    small, helper = _electra_part(generator, Heads(masked=True))
     _check_pair(big, small, generator)
-    for name in slots("electra", big, Heads()):
-        if name.startswith("embeddings.") and not np.array_equal(
-            tensors.get(name, big_tensors[name]), big_tensors[name]
-        ):
+    for name in wanted:
+        if name.startswith("embeddings.") and not np.array_equal(helper[name], tensors[name]):
             raise ValueError(f"{generator}: {name} differs from the discriminator's; they share it")
-    read.append((slots("electra", small, heads, "generator/"), tensors, generator))
+    read.append((slots("electra", small, Heads(masked=True), "generator/"), helper, generator))
     model = encoder_config.electra_model(big, small)
     return model, _assemble(model, tuple(read)), Info("electra", None, ())
 
 
-def _electra_part(folder: Path) -> tuple[Sizes, Heads, Tensors]:
+def _electra_part(folder: Path, wanted: Heads) -> tuple[Sizes, Tensors]:
+    """One of ELECTRA's encoders, which has that head; its tensors are checked."""
     config, path = hub.read_config(folder)
     if config.get("model_type") != "electra":
         raise ValueError(f"{path}: model_type={config.get('model_type')!r}; allowed is electra")
-    tensors = _read(folder, "electra")
-    return read_sizes(config, path), find_heads("electra", _shapes(tensors), None), tensors
+    sizes, tensors = read_sizes(config, path), _read(folder, "electra")
+    if find_heads("electra", _shapes(tensors), None) != wanted:
+        kind = PARTS[wanted.masked]
+        raise ValueError(f"{folder} holds no {kind}; name a folder with {' and '.join(PARTS)}")
+    _check_activation("electra", sizes, wanted, folder)
+    shapes = {name: slot.shape for name, slot in slots("electra", sizes, wanted).items()}
+    hub.check_names(tensors, shapes, folder)
+    return sizes, tensors
 
 
 def _check_pair(big: Sizes, small: Sizes, folder: Path) -> None:

@@ -64,11 +64,11 @@ def _read(source: Path, like: Any) -> tuple[GPT | Encoder, Any, Info]:
     if (source / "config.json").is_file():
         named = read_config(source)[0].get("model_type")
         if named in ("gpt2", "openai-gpt"):
-            raise ValueError(f"{source} holds a {named}, the recipe a {type(like).__name__}")
+            raise ValueError(f"{source} holds {named}, the recipe {type(like).__name__}")
     model, params, info = import_encoder(source, like)
     if type(model) is not type(like):
         raise ValueError(
-            f"{source} holds a {type(model).__name__} ({info.model_type}), the recipe a"
+            f"{source} holds {type(model).__name__} ({info.model_type}), the recipe"
             f" {type(like).__name__}; choose another experiment"
         )
     return model, params, info

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from lmjax import spm
 from lmjax.tokenizer import (
     GPT1BPE,
     ByteBPE,
@@ -72,16 +75,14 @@ def published_files(directory: Path) -> dict[str, bytes]:
     """A tokenizer folder of ours as the files that the hub's readers look for, by name.
 
     WordPiece gives vocab.txt, RoBERTa's BPE vocab.json and merges.txt, ALBERT's SentencePiece
-    spiece.model, with a tokenizer_config.json that names the library's class.
+    spiece.model, beside a tokenizer.json, and a tokenizer_config.json with the library's class.
     """
     tokenizer = load_tokenizer(directory)
     model, made = directory / "sentencepiece.model", directory / "tokenizer.json"
     if model.is_file():
         if not tokenizer.controls:
             return {model.name: model.read_bytes()}
-        settings = {"tokenizer_class": "AlbertTokenizer", "do_lower_case": False}
-        settings |= {"keep_accents": True, "remove_space": False}
-        return {"spiece.model": model.read_bytes(), _CONFIG: _bytes(settings)}
+        return _albert_files(model)
     if not made.is_file():
         return {}
     files = {made.name: made.read_bytes()}
@@ -89,6 +90,63 @@ def published_files(directory: Path) -> dict[str, bytes]:
     if spec["model"]["type"] == "WordPiece":
         return files | _wordpiece_files(spec)
     return files | (_roberta_files(spec) if tokenizer.controls else {})
+
+
+def _albert_files(path: Path) -> dict[str, bytes]:
+    """ALBERT's file, and a tokenizer.json where its normalisation, which the library assumes for
+    the class of ALBERT, is not the model's."""
+    content = path.read_bytes()
+    processor = spm.parse(content, str(path))
+    files = {"spiece.model": content}
+    sample = " \ufb01  A "
+    if processor.normalize(sample) != sample.replace(" ", spm.BLANK):
+        settings = {"tokenizer_class": "AlbertTokenizer", "do_lower_case": False}
+        return files | {_CONFIG: _bytes(settings)}
+    made = _library_form(processor)
+    names = {f"{key}_token": name for key, name in spm.ALBERT.items()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "unk_token": "<unk>"}
+    text = made.to_str(pretty=False)
+    return files | {"tokenizer.json": text.encode(), _CONFIG: _bytes(settings)}
+
+
+def _library_form(processor: Any) -> Tokenizer:
+    """A SentencePiece model without normalisation as one of the `tokenizers` library."""
+    count = processor.vocab_size()
+    pieces = [processor.id_to_piece(i) for i in range(count)]
+    scores = [processor.get_score(i) for i in range(count)]
+    if all(score == int(score) for score in scores):  # BPE's count its merges down
+        ids = {piece: i for i, piece in enumerate(pieces)}
+        model: Any = models.BPE(
+            ids, _merges(ids), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    else:
+        model = models.Unigram(
+            list(zip(pieces, scores, strict=True)), processor.unk_id(), byte_fallback=True
+        )
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Replace(" ", spm.BLANK)  # pyright: ignore
+    blanks, parts = decoders.Replace(spm.BLANK, " "), (decoders.ByteFallback(), decoders.Fuse())
+    made.decoder = decoders.Sequence([blanks, *parts])  # pyright: ignore
+    controls = [AddedToken(name, normalized=False) for name in (*spm.ALBERT.values(), "<unk>")]
+    made.add_special_tokens(controls)
+    cls, sep = spm.ALBERT["cls"], spm.ALBERT["sep"]
+    made.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1",
+        [(name, made.token_to_id(name)) for name in (cls, sep)],
+    )  # fmt: skip
+    return made
+
+
+def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, those of the earlier pieces first."""
+    found = [
+        (i, ids[piece[:cut]], ids[piece[cut:]])
+        for piece, i in ids.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    pieces = list(ids)
+    return [(pieces[left], pieces[right]) for _, left, right in sorted(found)]
 
 
 def _wordpiece_files(spec: dict[str, Any]) -> dict[str, bytes]:

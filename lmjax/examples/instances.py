@@ -10,8 +10,7 @@ from lmjax.examples.masks import ErnieMasks, Masks
 from lmjax.examples.permutation import permute
 from lmjax.examples.rows import Ranges, Rows
 from lmjax.store import Split
-
-LABEL = 4  # bit of the store's marks, on the first token of an instance: its label is 1
+from lmjax.tokenizer import LABEL
 
 
 class _Stored(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmjax.examples import draws
+from lmjax.tokenizer import ENTITY, WORD
 
-WORD, ENTITY = 1, 2  # bits of the store's marks: the first token of a word, of an entity
 # Numbers of the draws in an instance's stream: one block a purpose, a draw for every column.
 _CHOICE, _ACTION, _TOKEN, _SPAN = (block << 24 for block in range(4))
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lmjax.examples import draws
-from lmjax.examples.masks import ENTITY, WORD, Masks, Text
+from lmjax.examples.masks import Masks, Text
 from lmjax.examples.packing import SEQUENCES, Packing, pack
 from lmjax.examples.permutation import mix, permute
 from lmjax.store import Split
+from lmjax.tokenizer import ENTITY, WORD
 
 _HELD_OUT_SEED = 0x4E1D  # of every run: its numbers are compared between runs
 _OF_RANGES, _OF_STATIC_MASKS, _OF_MASKS, _OF_ORDER, _OF_PACKING = range(5)
