@@ -4,7 +4,7 @@
     python -m lmjax train experiments/bert_mini.py --workdir=runs/mini …
     python -m benchmarks.pretrain_bert experiments/bert_mini.py --workdir=runs/mini --minutes=20
 
-Takes the run's tokens, pairs, sizes, batch and peak rate; masks them with
+Takes the run's tokens, pairs, sizes, dropout, batch and optimiser; masks them with
 DataCollatorForLanguageModeling and trains BertForPreTraining (eager, the faster one here) with
 AdamW, warm-up over the first 5 % of the time and a linear fall to its end. Prints a JSON line at
 each twentieth of the time. Needs `pip install torch transformers`.
@@ -29,7 +29,7 @@ from lmjax import recipe
 from lmjax.data import open_prepared
 from lmjax.workdir import recorded_run
 
-THREADS, SCORED = 2, 512
+SCORED = 256  # held-out examples
 
 
 def peer(run: Any) -> Any:
@@ -41,6 +41,7 @@ def peer(run: Any) -> Any:
             vocab_size=model.vocab, hidden_size=model.width, num_hidden_layers=model.depth,
             num_attention_heads=model.heads, intermediate_size=model.inner or 4 * model.width,
             hidden_act=act, max_position_embeddings=model.context,
+            hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.attention_dropout,
         )
     )  # fmt: skip
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--store", type=Path, default=None)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     run = recipe.from_json(recipe.load(arguments.experiment), recorded_run(arguments.workdir))
     splits = open_prepared(arguments.store or arguments.workdir / "data").store.splits
@@ -105,10 +107,13 @@ def main() -> None:
     collate = DataCollatorForLanguageModeling(
         BertTokenizerFast(tokenizer_file=str(vocabulary / "tokenizer.json")), mlm_probability=0.15
     )
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = peer(run).train()
-    optimiser = torch.optim.AdamW(model.parameters(), run.optim.peak, weight_decay=0.01, fused=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), run.optim.peak, (run.optim.b1, run.optim.b2), run.optim.epsilon,
+        weight_decay=run.optim.weight_decay, fused=True,
+    )  # fmt: skip
     budget, spent, step, next_score = 60 * arguments.minutes, 0.0, 0, 0.0
     while spent < budget:
         began = time.perf_counter()

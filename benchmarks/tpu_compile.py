@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the TPU compiler says of GPT-2 small's step, 8 windows of 1,024 a chip; needs no TPU.
+"""What the TPU compiler says of steps: GPT-2 small with 8 windows of 1,024 a chip, BERT-base with
+64 sequences of 128 and ELECTRA-small with 128; needs no TPU.
 
-    python -m benchmarks.tpu_compile
+    python -m benchmarks.tpu_compile [bert_base …]
 
 Memory, aliasing and collectives are exact. Milliseconds are the compiler's own estimate without
 attention kernels and transfers: they rank variants and are no measured speed.
@@ -9,6 +10,7 @@ attention kernels and transfers: they rank variants and are no measured speed.
 
 import json
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -17,20 +19,26 @@ from lmjax.run import replace
 from lmjax.sharding import Layout
 from tests import tpu_compiler
 
-ROWS = 8
+ROWS = {"gpt2_small": 8, "gpt2_small_hd128": 8, "bert_base": 64, "electra_small": 128}
 CASES = [
     ("gpt2_small", "v5e:1x1", Layout()),
     ("gpt2_small_hd128", "v5e:1x1", Layout()),
     ("gpt2_small", "v5e:4x4", Layout(16, 1, 1)),
     ("gpt2_small", "v5e:4x4", Layout(1, 16, 1)),
+    ("bert_base", "v5e:1x1", Layout()),
+    ("bert_base", "v5e:4x4", Layout(1, 16, 1)),
+    ("electra_small", "v5e:1x1", Layout()),
 ]
 
 
 def main() -> None:
-    """Prints one JSON object a case."""
+    """Prints one JSON object a case; names on the command line choose experiments."""
+    chosen = sys.argv[1:] or list(ROWS)
     for name, topology, layout in CASES:
+        if name not in chosen:
+            continue
         run = recipe.load(f"experiments/{name}.py")
-        batch = ROWS * len(tpu_compiler.devices(topology))
+        batch = ROWS[name] * len(tpu_compiler.devices(topology))
         program = tpu_compiler.compile_step(
             replace(run, batch=batch, accumulate=1, mesh=layout), topology
         )

@@ -303,7 +303,7 @@ def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="FOLDER", help="Hugging Face folder"
+        "--from", dest="source", required=True, metavar="FOLDER", help="a hub folder, or Google's"
     )
 
 

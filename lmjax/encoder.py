@@ -2,7 +2,7 @@
 """Parts of the bidirectional encoders: embeddings, the stack, the head that scores masked tokens.
 
 Shapes: B batch, L length, E embedding width, D width, V vocabulary, P scored tokens of a row,
-C sequences packed in a row, T classes.
+C sequences packed in a row, T classes or types.
 """
 
 from typing import Any
@@ -151,6 +151,39 @@ class MaskedHead(nn.Module):
         return norm(ACTIVATIONS[self.activation](dense(hidden_BPD))), bias_V
 
 
+def apply_heads(
+    model: Any, hidden_BLD: jax.Array, batch: Batch, train: bool, narrow: int, truncated: bool
+) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """The heads that the fields of `model` ask for and the batch has inputs of, and the readout's
+    bias (V,) if it was needed. For a model's compact method: the parameters are the model's.
+
+    Masked tokens are scored at `masked_BP`; pairs and sequences are pooled at `firsts_BC`.
+    """
+    heads: dict[str, jax.Array] = {}
+    bias_V = None
+
+    def classes(name: str, x: jax.Array, number: int, dropout: float) -> jax.Array:
+        x = nn.Dropout(dropout, deterministic=not train)(x)
+        return head_dense(number, truncated, name)(x).astype(jnp.float32)
+
+    if model.masked and "masked_BP" in batch:
+        head = MaskedHead(
+            model.vocab, narrow, model.activation, model.epsilon, truncated, name="masked"
+        )
+        heads["masked_BPE"], bias_V = head(pick(hidden_BLD, batch["masked_BP"]))
+    if model.pooler and "firsts_BC" in batch:
+        dense = head_dense(model.width, truncated, "pooler")
+        pooled_BCD = jnp.tanh(dense(pick(hidden_BLD, batch["firsts_BC"])))
+        heads["pooled_BCD"] = pooled_BCD
+        if model.pair:
+            heads["pair_BCT"] = classes("pair", pooled_BCD, 2, 0.0)
+        if number := model.sequence_classes:
+            heads["sequence_BCT"] = classes("sequence", pooled_BCD, number, model.dropout)
+    if number := model.token_classes:
+        heads["token_BLT"] = classes("token", hidden_BLD, number, model.dropout)
+    return heads, bias_V
+
+
 def head_dense(features: int, truncated: bool, name: str) -> Dense:
     """A dense layer outside the stack, which fetches its weights from where they rest."""
     return Dense((features,), STD, truncated=truncated, at_rest=True, name=name)
@@ -163,7 +196,7 @@ def pick(hidden_LD: jax.Array, columns_P: jax.Array) -> jax.Array:
 
 
 def check_sizes(model: Any, *names: str) -> None:
-    """Raises ValueError for sizes below 1, rates outside [0, 1) and heads that do not divide."""
+    """Raises ValueError for sizes below 1, rates outside [0, 1), and heads that do not fit."""
     for name in ("vocab", "context", "depth", "width", "heads", *names):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
@@ -172,6 +205,11 @@ def check_sizes(model: Any, *names: str) -> None:
             raise ValueError(f"model.{name}={getattr(model, name)}: a rate from 0 up to 1")
     if model.width % model.heads:
         raise ValueError(f"model.width={model.width} is not a multiple of heads={model.heads}")
+    if getattr(model, "pair", False) or getattr(model, "sequence_classes", 0):
+        if not model.pooler:
+            raise ValueError(
+                "model.pooler=False: the pair and sequence heads read the pooled state"
+            )
 
 
 def block_parameters(width: int, inner: int) -> int:

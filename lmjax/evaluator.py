@@ -32,12 +32,12 @@ class Evaluator:
             raise ValueError(f"there is no {split} split: one of {', '.join(splits)}{hint}")
         self.split = splits[split]
         self._model, self._total = run.model, total_of(run.loss)
-        self._examples = run.makers()[phase]
+        self.examples = run.makers()[phase]
         unknown = prepared.store.manifest["splits"][split]["unknown"]
         self.lossless = prepared.tokenizer.lossless and not unknown
-        count = self._examples.held_out_count(self.split)
+        count = self.examples.held_out_count(self.split)
         self.windows = min(windows, count) if windows else count
-        self.rows, self.length = run.plan().stages[-1].size, self._examples.length
+        self.rows, self.length = run.plan().stages[-1].size, self.examples.length
         self._plan = batches.Plan(self.rows, self.length)
         self._step = self._jitted(run.loss)
 
@@ -47,7 +47,7 @@ class Evaluator:
 
     def _make(self, windows: np.ndarray) -> batches.Arrays:
         """Held-out examples (B, …); those past the end are blank, without weight."""
-        batch = self._examples.held_out(self.split, np.minimum(windows, self.windows - 1))
+        batch = self.examples.held_out(self.split, np.minimum(windows, self.windows - 1))
         past = windows >= self.windows
         for rows in batch.values():
             rows[past] = 0

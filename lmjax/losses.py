@@ -41,7 +41,7 @@ def next_token(outputs: Outputs, batch: Batch) -> Sums:
 def masked_token(outputs: Outputs, batch: Batch) -> Sums:
     """Cross-entropy of the original tokens at `masked_BP`, in nats, and the share of hits."""
     weights_BP = batch["weights_BP"]
-    scored_BPE = outputs.heads["masked_BPE"]
+    scored_BPE = _head(outputs, "masked_BPE", "no masked-token head (model.masked)")
     nll, hits = cross_entropy(scored_BPE, outputs.readout, batch["targets_BP"], weights_BP)
     weight = weights_BP.sum()
     hits = jax.lax.stop_gradient(hits)
@@ -50,14 +50,20 @@ def masked_token(outputs: Outputs, batch: Batch) -> Sums:
 
 def pair(outputs: Outputs, batch: Batch) -> Sums:
     """Cross-entropy of each pair's label (next sentence, or order), and the share of hits."""
-    scores_BCT, labels_BC = outputs.heads["pair_BCT"], batch["pairs_BC"]
-    nll, hits, weight = classes(scores_BCT, labels_BC, batch["pair_weights_BC"])
+    scores_BCT = _head(outputs, "pair_BCT", "no head for pairs (model.pair), or its examples none")
+    nll, hits, weight = classes(scores_BCT, batch["pairs_BC"], batch["pair_weights_BC"])
     return {"pair_loss": (nll, weight), "pair_accuracy": (hits, weight)}
 
 
 def masked_token_and_pair(outputs: Outputs, batch: Batch) -> Sums:
     """BERT's objective: masked tokens, and sentence pairs (Devlin et al. 2018)."""
     return {**masked_token(outputs, batch), **pair(outputs, batch)}
+
+
+def _head(outputs: Outputs, name: str, lacking: str) -> jax.Array:
+    if name not in outputs.heads:
+        raise ValueError(f"this loss reads {name}, but the model has {lacking}; take another loss")
+    return outputs.heads[name]
 
 
 def classes(

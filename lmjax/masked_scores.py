@@ -26,6 +26,13 @@ COMPARABLE = {
 }
 
 
+# What the label of a pair answers, by the example maker's pairing.
+_QUESTIONS = {
+    "next": "does the second text follow the first? (NSP)",
+    "order": "are two texts that follow each other swapped? (SOP)",
+}
+
+
 def report(
     run: Run,
     score: Evaluator,
@@ -42,7 +49,9 @@ def report(
       pseudo: how many tokens to score one by one at most; 0 for none.
     """
     split = score.split
-    result: dict[str, Any] = {"loss": means["loss"]}
+    result: dict[str, Any] = {"loss": means["loss"], "length": score.length}
+    if pairing := _QUESTIONS.get(getattr(score.examples, "pairing", "")):
+        result["pair_question"] = pairing
     for name in ("masked", "pair", "replaced"):
         if f"{name}_loss" in means:
             result |= {k: v for k, v in means.items() if k.startswith(f"{name}_")}
@@ -121,7 +130,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     base = result["baselines"]
     yield (
         f"{result['split']} split at step {result['step']:,}: {result['documents']:,} documents,"
-        f" {result['bytes']:,} bytes"
+        f" {result['bytes']:,} bytes, in sequences of up to {result['length']:,} tokens"
     )
     yield f"  masked tokens    {result['masked_count']:,}"
     unigram = base.get("unigram_masked_loss")
@@ -130,7 +139,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"    accuracy       {result['masked_accuracy']:.4f}" + _beside(accuracy, "unigram")
     if "pair_accuracy" in result:
         majority = base.get("majority_pair_accuracy")
-        yield f"  sentence pairs   {result['pair_count']:,}"
+        question = result.get("pair_question", "as their labels say")
+        yield f"  sentence pairs   {result['pair_count']:,}: {question}"
         yield f"    accuracy       {result['pair_accuracy']:.4f}" + _beside(majority, "one label")
     if "replaced_accuracy" in result:
         share = 1 - result["replaced_share"]

@@ -217,7 +217,9 @@ def from_json(recipe: Recipe, recorded: Any) -> Recipe:
         if field.name not in recorded:
             continue
         current, old = getattr(recipe, field.name), recorded[field.name]
-        if isinstance(old, dict) and "class" in old:
+        if old is None:  # a part that the run went without
+            changes[field.name] = None
+        elif isinstance(old, dict) and "class" in old:
             if dataclasses.is_dataclass(current) and type(current).__name__ == old["class"]:
                 changes[field.name] = from_json(current, old)
         elif not callable(current) and not dataclasses.is_dataclass(current):

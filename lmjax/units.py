@@ -30,7 +30,7 @@ class Units:
     sentences: "lines" takes each line that is not blank, "rules" cuts at punctuation, "auto"
         takes the lines of a document where they look like sentences and the rules elsewhere.
     words: "pieces" by the spelling of the tokens (a Chinese character is a word), "jieba" also
-        by the words that jieba finds in Chinese; needs WordPiece and `pip install 'lmjax[zh]'`.
+        by the words that jieba finds in Chinese; needs WordPiece and `pip install jieba==0.42.1`.
     entities: a UTF-8 file with an entity a line, found where they are longest, from the left; ""
         for none. Needs WordPiece.
     """

@@ -20,7 +20,7 @@ class Jieba:
                 import jieba
         except ImportError:
             raise ValueError(
-                "data.units.words='jieba' needs a package: pip install 'lmjax[zh]'"
+                "data.units.words='jieba' needs a package: pip install jieba==0.42.1"
             ) from None
         self._cut = _dictionary(jieba).cut
 
@@ -50,7 +50,7 @@ class Entities:
 
     def __init__(self, path: Path):
         try:
-            lines = read_bytes(path).decode("utf-8-sig").splitlines()
+            lines = read_bytes(path).decode("utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 (byte {error.start + 1})") from None
         self._names = {line.strip() for line in lines} - {""}

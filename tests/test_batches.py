@@ -69,7 +69,9 @@ def test_the_gpt_3_ramp():
     assert [s.size for s in plan.stages] == list(range(16, 257, 16))
     edges = first_steps(plan)[1:]
     assert len(edges) == 15 and all(a < b for a, b in zip(edges, edges[1:], strict=False))
-    for edge, before, after in zip(edges, [s.size for s in plan.stages], [s.size for s in plan.stages][1:], strict=False):
+    for edge, before, after in zip(
+        edges, [s.size for s in plan.stages], [s.size for s in plan.stages][1:], strict=False
+    ):
         assert plan.examples(edge - 1)[1] == before and plan.examples(edge)[1] == after
         first, size = plan.examples(edge - 1)
         assert plan.examples(edge)[0] == first + size  # nothing skipped, nothing twice

@@ -35,6 +35,7 @@ ENCODERS = ("bert", "roberta", "albert", "electra", "ernie")
 PARAMETERS = {
     "bert_tiny": 4_433_468,
     "bert_mini": 11_267_900,
+    "bert_mini_cpu": 11_267_900 - (30_522 - 8192) * 257,
     "bert_small": 29_058_876,
     "bert_medium": 41_668_412,
     "bert_base": 110_106_428,
@@ -59,11 +60,15 @@ TOKENS_PER_STEP = {
     "electra_small": 128 * 128,
     "ernie_base": 256 * 512,
     **dict.fromkeys((f for f in FILES if f.startswith("bert")), 256 * 128),
+    "bert_mini_cpu": 16 * 128,
 }  # GPT-2: the open recipe's 480 × 1,024
 SOURCE = {
     "bert_base": "Devlin et al. 2018",
     "bert_large": "Devlin et al. 2018",
-    **{f"bert_{size}": "Turc et al. 2019" for size in ("tiny", "mini", "small", "medium")},
+    **{
+        f"bert_{size}": "Turc et al. 2019"
+        for size in ("tiny", "mini", "mini_cpu", "small", "medium")
+    },
     "roberta_base": "Liu et al. 2019",
     "albert_base": "Lan et al. 2019",
     "electra_small": "Clark et al. 2020",
@@ -243,6 +248,8 @@ def check_encoder(name: str, place: tuple[str, ...], scores: dict, capsys) -> No
     bits = nats / math.log(2) / scores["bytes"]
     assert scores["pseudo_bits_per_byte"] == pytest.approx(bits)
     assert ("pair_accuracy" in scores) == name.startswith(("bert", "albert", "ernie"))
+    asked = {"albert_base": "SOP"}.get(name, "NSP") if "pair_accuracy" in scores else ""
+    assert asked in scores.get("pair_question", "")
     assert ("replaced_auc" in scores) == name.startswith("electra")
     assert set(scores["comparable_with"]) <= set(scores)
     assert scores["baselines"]["unigram_masked_accuracy"] < 0.5

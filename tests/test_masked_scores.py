@@ -109,7 +109,7 @@ def test_the_area_is_the_share_of_pairs_in_order_ties_half():
 
 def test_every_number_that_is_shown_says_what_to_compare_it_with():
     result = {
-        "split": "test", "step": 3, "documents": 2, "bytes": 10, "masked_count": 5,
+        "split": "test", "step": 3, "documents": 2, "bytes": 10, "length": 9, "masked_count": 5,
         "masked_loss": 1.0, "masked_accuracy": 0.5, "pair_count": 2, "pair_accuracy": 0.5,
         "replaced_count": 9, "replaced_accuracy": 0.9, "replaced_share": 0.1,
         "replaced_auc": 0.7, "baselines": {"unigram_masked_loss": 2.0},

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import pytest
+from commands import ROOT
 
 from lmjax import recipe
 from lmjax.batches import Ramp
@@ -221,6 +222,16 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str | None):
         at: Any = RUN
         for name in part.removeprefix("--").split("."):
             at = getattr(at, name)
+
+
+def test_a_part_that_may_be_absent_is_taken_away_and_stays_away():
+    bert = recipe.load(str(ROOT / "experiments/bert_base.py"))
+    run = recipe.override(bert, [("phase2", "none"), ("data.units", "None")])
+    assert run.phase2 is None and run.data.units is None
+    again = recipe.from_json(bert, json.loads(json.dumps(recipe.to_json(run))))
+    assert again.phase2 is None and again.data.units is None
+    assert recipe.from_json(bert, recipe.to_json(bert)) == bert
+    assert "data.corpus" in refusal(bert, "data", "none")  # a part that must be there
 
 
 def test_keys_beyond_a_leaf_and_whole_parts_are_refused():

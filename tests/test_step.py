@@ -236,7 +236,9 @@ def test_a_loss_may_weigh_its_means(accumulate: int):
 def test_a_batch_of_weight_zero_gives_no_number_that_is_not_one():
     batch = {k: np.zeros((4, 3), np.float32) for k in "xyab"}
     after, metrics = linear_step()(linear_state(), batch)
-    assert after.params["w"] == 0.5 and metrics["squares_loss"] == 0 and metrics["gradient_norm"] == 0
+    assert (
+        after.params["w"] == 0.5 and metrics["squares_loss"] == 0 and metrics["gradient_norm"] == 0
+    )
 
 
 # --- the state ------------------------------------------------------------------------------------
@@ -264,7 +266,9 @@ def test_randomness_follows_the_seed_and_the_step():
     batch = {k: np.ones((4, 3), np.float32) for k in "xyab"}
 
     def loss(step: int, seed: int = 0) -> float:
-        return float(linear_step(seed=seed, noise=1.0)(linear_state(step), batch)[1]["squares_loss"])
+        return float(
+            linear_step(seed=seed, noise=1.0)(linear_state(step), batch)[1]["squares_loss"]
+        )
 
     assert loss(0) == loss(0) and len({loss(0), loss(1), loss(2), loss(0, seed=1)}) == 4
 

@@ -152,3 +152,34 @@ def test_other_meshes_sum_gradients_and_permute_nothing(layout: Layout):
     assert program.peak_gib <= 3.8
     gathers = sum(c.bytes * c.times for c in program.collectives("all-gather"))
     assert gathers <= 1.1 * BF16_GATHERED_TWICE * (layout.fsdp > 1)
+
+
+# --- BERT -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bert(name: str, topology: str, layout: Layout) -> Program:
+    """The recipe's first phase with 32 sequences of 128 a chip."""
+    run = recipe.load(str(EXPERIMENTS / f"{name}.py"))
+    rows = 32 * len(tpu_compiler.devices(topology)) // layout.tensor
+    return compile_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology)
+
+
+@pytest.mark.slow
+def test_bert_scores_masked_tokens_only_and_keeps_its_state_in_place():
+    program = bert("bert_base", "v5e:1x1", Layout())
+    run = recipe.load(str(EXPERIMENTS / "bert_base.py"))
+    assert program.memory.alias_size_in_bytes >= state_bytes(run)
+    held = [dims for dtype in ("f32", "bf16") for dims in program.buffers(dtype)]
+    scores = [dims for dims in held if 30_592 in dims and dims != (30_592, 768)]
+    assert scores and max(bytes_of("f32", dims) for dims in scores) <= 32 * 20 * 30_592 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert_base", "electra_small"])
+def test_encoders_permute_nothing_over_fsdp(name: str):
+    program = bert(name, "v5e:4x4", Layout(1, 16, 1))
+    assert program.collectives("collective-permute") == []
+    run = recipe.load(str(EXPERIMENTS / f"{name}.py"))
+    gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
+    assert gathered <= 2.5 * 2 * run.parameters()

@@ -193,10 +193,25 @@ def _no_cache() -> Iterator[None]:
 
 
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    shape, rows = (run.batch, run.data.examples.length), sharding.batch_sharding()
-    whole = ("tokens_BL", "targets_BL", "segments_BL", "positions_BL")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in whole}
-    return batch | {"weights_BL": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)}
+    """Shapes of a batch of the run, as its example maker lays it out."""
+    maker, rows = run.data.examples, sharding.batch_sharding()
+    if not hasattr(maker, "masks"):
+        names = ("tokens_BL", "targets_BL", "segments_BL", "positions_BL", "weights_BL")
+    else:
+        names = ("tokens_BL", "segments_BL", "masked_BP", "targets_BP", "weights_BP")
+        names += ("types_BL",) * maker.typed
+        names += ("firsts_BC", "pairs_BC", "pair_weights_BC") * maker.paired
+    columns = {"BL": maker.length, "BC": 1}
+    if hasattr(maker, "masks"):
+        columns["BP"] = maker.masks.slots(maker.length)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (run.batch, columns[name[-2:]]),
+            jnp.float32 if "weights" in name else jnp.int32,
+            sharding=rows,
+        )
+        for name in names
+    }
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -8,20 +8,16 @@ row.
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from lmjax.attention import Kernel
 from lmjax.blocks import Remat
 from lmjax.encoder import (
     Embeddings,
-    MaskedHead,
     Stack,
+    apply_heads,
     block_parameters,
     check_sizes,
     flops,
-    head_dense,
-    pick,
 )
 from lmjax.layers import Activation, Batch, Dtype, Outputs, Readout, compute_dtype, padded
 
@@ -60,10 +56,6 @@ class ALBERT(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "embedding_width")
-        if (self.pair or self.sequence_classes) and not self.pooler:
-            raise ValueError(
-                "model.pooler=False: the pair and sequence heads read the pooled state"
-            )
         super().__post_init__()
 
     @property
@@ -80,10 +72,7 @@ class ALBERT(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False, states: bool = False) -> Outputs:
-        """States (B, L, D) of `tokens_BL`, and the heads whose inputs the batch has.
-
-        Masked tokens are scored at `masked_BP`; pairs and sequences are pooled at `firsts_BC`.
-        """
+        """States (B, L, D) of `tokens_BL`, and the heads whose inputs the batch has."""
         embeddings = Embeddings(
             self.vocab, self.context, self.embedding_width, self.types, self.epsilon,
             self.dropout, True, name="embeddings",
@@ -96,26 +85,6 @@ class ALBERT(nn.Module):
         first_BLE = embeddings(batch, batch["tokens_BL"], compute_dtype(self.dtype), train)
         nn.share_scope(self, stack)
         hidden_BLD, states_NBLD = stack(first_BLE, batch, train, states)
-        heads, bias_V = {}, None
-        if self.masked and "masked_BP" in batch:
-            head = MaskedHead(
-                self.vocab, self.embedding_width, self.activation, self.epsilon, True,
-                name="masked",
-            )  # fmt: skip
-            heads["masked_BPE"], bias_V = head(pick(hidden_BLD, batch["masked_BP"]))
-        if self.pooler and "firsts_BC" in batch:
-            dense = head_dense(self.width, True, "pooler")
-            heads["pooled_BCD"] = jnp.tanh(dense(pick(hidden_BLD, batch["firsts_BC"])))
-            if self.pair:
-                heads["pair_BCT"] = self._classes("pair", heads["pooled_BCD"], 2, False)
-            if classes := self.sequence_classes:
-                scores_BCT = self._classes("sequence", heads["pooled_BCD"], classes, train)
-                heads["sequence_BCT"] = scores_BCT
-        if self.token_classes:
-            heads["token_BLT"] = self._classes("token", hidden_BLD, self.token_classes, train)
+        heads, bias_V = apply_heads(self, hidden_BLD, batch, train, self.embedding_width, True)
         table_VE: Any = embeddings.embedding
         return Outputs(hidden_BLD, Readout(table_VE, bias_V, self.vocab), states_NBLD, heads=heads)
-
-    def _classes(self, name: str, x: jax.Array, classes: int, train: bool) -> jax.Array:
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return head_dense(classes, True, name)(x).astype(jnp.float32)

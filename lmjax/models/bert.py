@@ -8,20 +8,16 @@ Shapes: B batch, L length, D width, V vocabulary, P scored tokens of a row, C se
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from lmjax.attention import Kernel
 from lmjax.blocks import Remat
 from lmjax.encoder import (
     Embeddings,
-    MaskedHead,
     Stack,
+    apply_heads,
     block_parameters,
     check_sizes,
     flops,
-    head_dense,
-    pick,
 )
 from lmjax.layers import Activation, Batch, Dtype, Outputs, Readout, compute_dtype, padded
 
@@ -67,10 +63,6 @@ class BERT(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self)
-        if (self.pair or self.sequence_classes) and not self.pooler:
-            raise ValueError(
-                "model.pooler=False: the pair and sequence heads read the pooled state"
-            )
         super().__post_init__()
 
     @property
@@ -87,10 +79,7 @@ class BERT(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False, states: bool = False) -> Outputs:
-        """States (B, L, D) of `tokens_BL`, and the heads whose inputs the batch has.
-
-        Masked tokens are scored at `masked_BP`; pairs and sequences are pooled at `firsts_BC`.
-        """
+        """States (B, L, D) of `tokens_BL`, and the heads whose inputs the batch has."""
         embeddings = Embeddings(
             self.vocab, self.context, self.width, self.types, self.epsilon, self.dropout,
             self.truncated_init, self.position_offset, name="embeddings",
@@ -103,32 +92,6 @@ class BERT(nn.Module):
         first_BLD = embeddings(batch, batch["tokens_BL"], compute_dtype(self.dtype), train)
         nn.share_scope(self, stack)
         hidden_BLD, states_NBLD = stack(first_BLD, batch, train, states)
-        heads, bias_V = {}, None
-        if self.masked and "masked_BP" in batch:
-            head = MaskedHead(
-                self.vocab, self.width, self.activation, self.epsilon, self.truncated_init,
-                name="masked",
-            )  # fmt: skip
-            heads["masked_BPE"], bias_V = head(pick(hidden_BLD, batch["masked_BP"]))
-        if self.pooler and "firsts_BC" in batch:
-            heads |= self._pooled(pick(hidden_BLD, batch["firsts_BC"]), train)
-        if self.token_classes:
-            heads["token_BLT"] = self._classes("token", hidden_BLD, self.token_classes, train)
+        heads, bias_V = apply_heads(self, hidden_BLD, batch, train, self.width, self.truncated_init)
         table_VD: Any = embeddings.embedding
         return Outputs(hidden_BLD, Readout(table_VD, bias_V, self.vocab), states_NBLD, heads=heads)
-
-    def _pooled(self, first_BCD: jax.Array, train: bool) -> dict[str, jax.Array]:
-        dense = head_dense(self.width, self.truncated_init, "pooler")
-        heads = {"pooled_BCD": jnp.tanh(dense(first_BCD))}
-        if self.pair:
-            heads["pair_BCT"] = self._classes("pair", heads["pooled_BCD"], 2, train=False)
-        if self.sequence_classes:
-            pooled_BCD = heads["pooled_BCD"]
-            scores_BCT = self._classes("sequence", pooled_BCD, self.sequence_classes, train)
-            heads["sequence_BCT"] = scores_BCT
-        return heads
-
-    def _classes(self, name: str, x: jax.Array, classes: int, train: bool) -> jax.Array:
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        dense = head_dense(classes, self.truncated_init, name)
-        return dense(x).astype(jnp.float32)
