@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.sides import THREADS, interleave, serve
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "mini": {"vocab": 30_522, "context": 512, "depth": 4, "width": 256, "heads": 4},
 }
 BATCH, LENGTH, SCORED, STEPS = 32, 128, 20, 2
@@ -53,7 +53,7 @@ def rows(packed: bool) -> dict[str, np.ndarray]:
     most = max(map(len, groups))
     shapes = {"BL": LENGTH, "BP": SCORED, "BC": most}
     names = ("tokens_BL", "segments_BL", "types_BL", "positions_BL", "masked_BP", "targets_BP")
-    batch = {
+    batch: dict[str, Any] = {
         n: np.zeros((len(groups), shapes[n[-2:]]), np.int32)
         for n in (*names, "firsts_BC", "pairs_BC")
     }
@@ -88,7 +88,7 @@ def _scored(group: list[dict[str, Any]], one: dict[str, Any]) -> int:
     return sum(len(s["columns"]) for s in [*group, one])
 
 
-def lmjax_side(size: dict[str, int], packed: bool):
+def lmjax_side(size: dict[str, Any], packed: bool):
     """A function that runs n pretraining steps of lmjax."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from lmjax import cpu, sharding
@@ -102,7 +102,7 @@ def lmjax_side(size: dict[str, int], packed: bool):
     optim = AdamW(peak=1e-4, warmup=10, b2=0.999, weight_decay=0.01)
     schedule = optim.schedule(1000, lambda step: step)
     transform = optim.transform(schedule)
-    batch = rows(packed)
+    batch: Any = rows(packed)
     with sharding.use(sharding.Layout().mesh()):
         state = create_state(model, transform, 0)
         plain = make_train_step(model, masked_token_and_pair, transform, schedule, 0)
@@ -118,7 +118,7 @@ def lmjax_side(size: dict[str, int], packed: bool):
     return run
 
 
-def torch_side(size: dict[str, int], compiled: bool):
+def torch_side(size: dict[str, Any], compiled: bool):
     """A function that runs n pretraining steps of transformers on PyTorch."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import (  # pyright: ignore[reportMissingImports]

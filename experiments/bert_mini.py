@@ -4,7 +4,8 @@
     python -m lmjax train experiments/bert_mini.py --workdir=runs/bert_mini \\
         --data.corpus='files:books_and_wiki/*.txt' --data.tokenizer.path=vocab.txt
 
-Everything but the size is experiments/bert_base.py.
+Everything but the size is experiments/bert_base.py. Not yet run in full; bert_mini_cpu.py is what a
+CPU can do of it.
 """
 
 from lmjax.recipe import load_beside

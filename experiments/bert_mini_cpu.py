@@ -4,8 +4,10 @@
     python -m lmjax train experiments/bert_mini_cpu.py --workdir=runs/bert_mini_cpu \\
         --data.corpus='files:books/*.txt' --data.held_out='war_and_peace.txt'
 
-RESULT
-experiments/LOG.md has the curves and what did not work. Differences to bert_mini.py: 8,192 word
+21 books, the King James Bible and Brown, with War and Peace and Brown's last document held out, in
+20 minutes of one core (1,800 steps; two cores do 3,400): masked tokens 6.23 nats and 12.8 % right
+(word frequencies: 6.77 nats, 5.3 %), next sentences 72 %. experiments/LOG.md has the curves, beside
+transformers, and what did not work. Differences to bert_mini.py: 8,192 word
 pieces learnt from the text, sequences of 128 only, 16 a step, no dropout, and Adam with bias
 correction at 1e-3: without it the first hundred updates are several times larger, and at this rate
 the model falls back to word frequencies and stays there.

@@ -179,7 +179,7 @@ def _pooled(
         return Vectors(number, text, states_TD, pieces)
     starts = tokenizer.word_starts[ids]
     first = np.flatnonzero(starts | (np.arange(len(ids)) == 0))
-    sizes = np.diff([*first, len(ids)])
+    sizes = np.diff(np.append(first, len(ids)))
     words = (
         [tokenizer.decode(part).strip() for part in np.split(ids, first[1:])] if len(ids) else []
     )

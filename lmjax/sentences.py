@@ -39,7 +39,7 @@ def split_sentences(text: str, rule: Rule) -> list[str]:
     joined, and cut after sentences. "auto": the lines where at least 60 % end as sentences do and
     hold no more than 1.5 sentences each, else the rules.
     """
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text)]
     full = [line for line in lines if line]
     if rule == "lines" or (rule == "auto" and _are_sentences(full)):
         return full

@@ -152,7 +152,8 @@ class Recorder:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         tokens = self._plan.tokens_after(step)
         rate = self._throughput.update(tokens - self._plan.tokens_after(step - 1))
-        self._bar.update(step, values["loss"], rate, held_out and held_out["loss"])
+        held_out_loss = held_out["loss"] if held_out else None
+        self._bar.update(step, values["loss"], rate, held_out_loss)
         if held_out is not None:
             means = {k: v for k, v in held_out.items() if not k.endswith("_weight")}
             values |= {f"held_out_{name}": value for name, value in means.items()}

@@ -210,12 +210,14 @@ def primitives(length: int, **options) -> set[str]:
 
 def test_a_tpu_takes_splash_where_it_can_and_xla_elsewhere(monkeypatch):
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-    assert "pallas_call" in primitives(128)
+    assert "pallas_call" in primitives(256)
     assert "pallas_call" in primitives(256, segments_BL=segments_of(256))
-    for length, options in [(100, {}), (128, {"offset": jnp.int32(0)}), (128, {"kernel": "xla"})]:
+    assert "pallas_call" in primitives(128, kernel="splash")  # where it is asked for
+    offset = {"offset": jnp.int32(0)}
+    for length, options in [(128, {}), (300, {}), (256, offset), (256, {"kernel": "xla"})]:
         assert "pallas_call" not in primitives(length, **options)
     with_dropout = {"dropout": 0.1, "dropout_key": jax.random.key(0)}
-    assert "pallas_call" not in primitives(128, **with_dropout)
+    assert "pallas_call" not in primitives(256, **with_dropout)
 
 
 def test_a_cpu_takes_xla():

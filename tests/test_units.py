@@ -172,7 +172,7 @@ def test_jieba_is_silent(tmp_path: Path):
 
 def test_without_jieba_the_remedy_is_named(tokenizer: Tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(ValueError, match=r"needs a package: pip install 'lmjax\[zh\]'"):
+    with pytest.raises(ValueError, match="needs a package: pip install jieba"):
         reader(Units(words="jieba"), tokenizer)
 
 
