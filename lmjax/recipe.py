@@ -243,6 +243,18 @@ def difference(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
 
 
+def defaults(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The defaults of a recipe's fields by dotted key, as JSON, in all of its parts."""
+    found: dict[str, Any] = {}
+    for field in fields(value):
+        part, key = getattr(value, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(part):
+            found |= defaults(part, f"{key}.")
+        elif field.default is not dataclasses.MISSING:
+            found |= flatten(to_json(field.default), key)
+    return found
+
+
 def dump(tree: Any) -> str:
     """JSON text as every file of a run directory writes it."""
     return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"

@@ -26,6 +26,7 @@ FREE = re.compile(
     r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
 )
 _PARTS = ("model", "data", "loss", "optim")
+_ABSENT = object()
 
 
 class RunLock:
@@ -54,7 +55,11 @@ class RunLock:
 
 def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
     """Raises ValueError, with the difference, if `workdir` was begun under another recipe."""
-    changes = recipe.difference(recorded_run(workdir), recipe.to_json(run))
+    recorded = recorded_run(workdir)
+    changes = recipe.difference(recorded, recipe.to_json(run))
+    # A field that is younger than the record had its default then.
+    known, defaults = dict(recipe.flatten(recorded)), recipe.defaults(run)
+    changes = [c for c in changes if c[0] in known or defaults.get(c[0], _ABSENT) != c[2]]
     allowed = set(allow)
     for key, old, new in changes:
         if FREE.fullmatch(key):

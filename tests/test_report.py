@@ -261,3 +261,26 @@ def test_a_chart_counts_the_outliers_that_it_cuts_off():
     values[[40, 60]] = 1e6
     drawing, cut = chart("spiky", (400, 250), (steps, values))
     assert cut == 2 and ">1M<" not in drawing and ">1<" in drawing
+
+
+def test_an_encoder_is_told_by_its_own_scores_and_what_they_compare_with(tmp_path):
+    fill(tmp_path)
+    scores = {
+        "masked_loss": 2.5171, "masked_accuracy": 0.4213, "pair_accuracy": 0.9127,
+        "pseudo_perplexity": 12.3456, "loss": 2.9, "step": 60,
+        "baselines": {"unigram_masked_loss": 6.7, "unigram_masked_accuracy": 0.06},
+        "comparable_with": {"masked_loss": "masked models of the same <vocabulary>"},
+    }  # fmt: skip
+    (tmp_path / "evaluation-test.json").write_text(json.dumps(scores))
+    lines = [
+        {"step": step, "loss": 3.0, "held_out_loss": 3.0, "held_out_masked_accuracy": step / 100}
+        for step in (1, 2, 3)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    page = write_report(tmp_path).read_text("utf-8")
+    for shown in ("Masked accuracy", "0.4213", "Pair accuracy", "0.9127", "12.35"):
+        assert shown in page
+    assert "masked loss: masked models of the same &lt;vocabulary&gt;" in page
+    assert "Held-out masked accuracy" in page and "Held-out pair accuracy" not in page
+    assert "fewer is better" not in page  # those bars are bits per byte

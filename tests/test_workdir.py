@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from commands import lmjax, start, tiny, write_text
 
+from lmjax import recipe
 from lmjax.__main__ import main
 from lmjax.data import local_folder
-from lmjax.workdir import keep_tokenizer, read_json, recorded_run
+from lmjax.workdir import keep_tokenizer, read_json, recorded_run, refuse_other_recipe
 
 DEMO = str(Path(__file__).parent.parent / "experiments/demo.py")
 VERBS = (
@@ -70,6 +71,19 @@ def test_a_damaged_recipe_is_named_by_its_file(tmp_path: Path, content: str | by
         recorded_run(path.parent)
     assert main(["evaluate", DEMO, "--tiny", "--workdir=run"]) == 2
     assert f"{path.relative_to(tmp_path)} is damaged" in capsys.readouterr().err
+
+
+def test_a_field_younger_than_the_record_had_its_default_then(tmp_path: Path):
+    run = recipe.load(DEMO, tiny=True)
+    recorded = recipe.to_json(run)
+    for part, name in (("optim", "count"), ("optim", "bias_correction"), ("data", "held_out")):
+        del recorded[part][name]
+    (tmp_path / "recipe.json").write_text(json.dumps({"run": recorded}))
+    refuse_other_recipe(run, tmp_path, ())
+    other = recipe.override(run, [("optim.count", "before"), ("data.held_out", "a*")])
+    with pytest.raises(ValueError, match="optim.count: None → before") as error:
+        refuse_other_recipe(other, tmp_path, ())
+    assert "--allow=data.held_out,optim.count" in str(error.value)
 
 
 def test_a_run_is_not_gone_on_with_in_the_tokens_of_another_text(tmp_path: Path):
