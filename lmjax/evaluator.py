@@ -37,7 +37,7 @@ class Evaluator:
         self.lossless = prepared.tokenizer.lossless and not unknown
         count = self.examples.held_out_count(self.split)
         self.windows = min(windows, count) if windows else count
-        self.rows, self.length = run.plan().stages[-1].size, self.examples.length
+        self.rows, self.length = run.batch_sizes()[phase], self.examples.length
         self._plan = batches.Plan(self.rows, self.length)
         self._step = self._jitted(run.loss)
 

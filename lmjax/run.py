@@ -94,6 +94,10 @@ class Run:
         """The example maker of each phase."""
         return (self.data.examples, *([self.phase2.examples] if self.phase2 else []))
 
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Examples a step in each phase, after the ramp."""
+        return (self.batch, *([self.phase2.batch or self.batch] if self.phase2 else []))
+
     def microbatches(self) -> tuple[int, ...]:
         """Microbatches a step in each phase."""
         second = [self.phase2.accumulate or self.accumulate] if self.phase2 else []
@@ -104,7 +108,7 @@ class Run:
         second = None
         if self.phase2:
             begins = round(self.steps * (1 - self.phase2.share))
-            second = (begins, self.phase2.batch or self.batch, self.phase2.examples.length)
+            second = (begins, self.batch_sizes()[1], self.phase2.examples.length)
         return Plan(self.batch, self.data.examples.length, self.ramp, second)
 
     def schedule(self) -> Schedule:

@@ -2,7 +2,6 @@
 """The story of a run: prepare the data, resume or begin, step, score, save, report."""
 
 import contextlib
-import functools
 import itertools
 import os
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lmjax import cpu, recipe, sharding
 from lmjax.batches import batches
@@ -82,11 +82,15 @@ def _loop(
     stop_at: int,
 ) -> State:
     """Steps `first` … `run.steps` − 1. The host never waits for the step that it just started."""
-    plan, makers = run.plan(), run.makers()
-    shapes = abstract_state(run.model, run.optimiser())
-    examples = [partial(m.train, prepared.store.splits["train"], run.seed) for m in makers]
-    step_of_phase = functools.cache(partial(_jitted_step, run, shapes))
-    score_of_phase = functools.cache(partial(_evaluator, run, prepared))
+    plan, phases = run.plan(), range(len(run.makers()))
+    examples = [
+        partial(maker.train, prepared.store.splits["train"], run.seed) for maker in run.makers()
+    ]
+    # Every phase now, so that text which is too short for one is not found out days later.
+    for make in examples[1:]:
+        make(np.arange(1))
+    scores = [_evaluator(run, prepared, phase) for phase in phases]
+    step_fns = [_jitted_step(run, state, phase) for phase in phases]
     log = Recorder(run, workdir, first)
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
 
@@ -94,7 +98,7 @@ def _loop(
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
             phase = plan.stage(done - 1).phase
-            state, metrics = step_of_phase(phase)(state, batch)
+            state, metrics = step_fns[phase](state, batch)
             if late is not None:
                 log.step(*late)
             late = (done, metrics)
@@ -102,7 +106,7 @@ def _loop(
             scoring = not stop and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
-                score = score_of_phase(phase) if scoring else None
+                score = scores[phase] if scoring else None
                 log.step(*late, held_out=score(state.params) if score else None)
                 late = None
             if saving:

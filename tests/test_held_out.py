@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import DEMO, ROOT, write_text
 
+from lmjax.__main__ import main
 from lmjax.data import Data
 from lmjax.text import Files
 from lmjax.tokenizer import SentencePiece
@@ -22,3 +24,17 @@ def test_documents_that_are_named_are_held_out_and_no_others(tmp_path: Path):
     assert data.spec() != replace(data, held_out="b.txt").spec()
     with pytest.raises(ValueError, match="no document has an id like e.txt.*'d.txt'"):
         replace(data, held_out="a.txt,e.txt").prepare(tmp_path / "other", say=lambda _: None)
+
+
+def test_a_validation_split_too_short_to_score_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "corpus").mkdir()
+    write_text(tmp_path / "corpus")
+    (tmp_path / "corpus" / "short.txt").write_text("hi", "utf-8")
+    keys = ("--data.corpus.document=file", "--data.held_out=short.txt", "--data.test=0")
+    corpus = f"--data.corpus=files:{tmp_path}/corpus/*.txt"
+    assert main(["train", DEMO, "--tiny", f"--workdir={tmp_path}/run", corpus, *keys]) == 2
+    out = capsys.readouterr()
+    assert "the validation split has" in out.err and "step 1/" not in out.out

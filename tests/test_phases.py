@@ -143,3 +143,7 @@ def test_scores_are_of_the_phase_that_is_asked_for(train, tmp_path):
     with sharding.use(Layout().mesh()):
         lengths = [Evaluator(run, prepared, "validation", phase=p).length for p in (0, 1)]
     assert lengths == [32, 64]
+    smaller = recipe.override(run, [("phase2.batch", "8")])
+    with sharding.use(Layout().mesh()):
+        rows = [Evaluator(smaller, prepared, "validation", phase=p).rows for p in (0, 1)]
+    assert rows == [16, 8]
