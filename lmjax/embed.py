@@ -6,7 +6,6 @@ Shapes: B rows, L length, D width, T vectors of one text.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,21 +16,14 @@ from lmjax import batches, sharding
 from lmjax.checkpoint import load_params
 from lmjax.run import Run
 from lmjax.step import abstract_params
-from lmjax.tokenizer import Tokenizer, load_tokenizer
+from lmjax.tokenizer import Tokenizer
 from lmjax.vectors import Vectors, writer
+from lmjax.workdir import run_tokenizer
 
 Pool = Literal["mean", "first", "words", "tokens"]
 _ROWS = 32
 _SHORTEST = 16
 _AHEAD = 256  # texts that are sorted by length together
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a text that fits into the model."""
-
-    text: int
-    ids: np.ndarray
 
 
 def embed(
@@ -62,9 +54,7 @@ def embed(
     depth = run.model.depth
     if not -depth - 1 <= layer <= depth:
         raise ValueError(f"--layer={layer}: from 0 (the embeddings) to {depth}, or -1 (the last)")
-    if not (workdir / "tokenizer").is_dir():
-        raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = run_tokenizer(workdir)
     if pool == "first" and "cls" not in tokenizer.controls:
         raise ValueError("--pool=first: this tokeniser puts no control token before a text")
     with sharding.use(sharding.Layout().mesh()):
@@ -105,56 +95,57 @@ def _vectors(
     pool: Pool,
 ) -> Iterator[Vectors]:
     """The vectors of each text, in order."""
+    context, (lead, tail) = run.model.context, _around(tokenizer)
+    room = context - len(lead) - len(tail)
+    if room < 1:
+        raise ValueError(f"model.context={context} holds no text")
     numbered = enumerate(texts)
     while group := list(itertools.islice(numbered, _AHEAD)):
         encoded = tokenizer.encode_batch([text.encode() for _, text in group])
-        stretches = [
-            Piece(at, ids[first : first + _room(run, tokenizer)])
+        # Stretches that fit into the model, by text and first token, and each one's states.
+        rows = {
+            (at, first): ids[first : first + room]
             for at, ids in enumerate(encoded)
-            for first in range(0, max(len(ids), 1), _room(run, tokenizer))
-        ]
-        found: dict[int, np.ndarray] = {}
-        order = sorted(range(len(stretches)), key=lambda i: len(stretches[i].ids))
-        for first in range(0, len(order), _ROWS):
-            rows = order[first : first + _ROWS]
-            hidden_BLD = states(_batch(tokenizer, [stretches[i].ids for i in rows]))
-            for row, i in enumerate(rows):
-                found[i] = hidden_BLD[row, : len(stretches[i].ids) + _before(tokenizer)]
-        for at, (number, text) in enumerate(group):
-            mine = [found[i] for i, piece in enumerate(stretches) if piece.text == at]
-            yield _pooled(tokenizer, number, text, encoded[at], mine, pool)
+            for first in _firsts(ids, room)
+        }
+        order = sorted(rows, key=lambda place: len(rows[place]))
+        hidden: dict[tuple[int, int], np.ndarray] = {}
+        for start in range(0, len(order), _ROWS):
+            places = order[start : start + _ROWS]
+            whole = [[*lead, *rows[place], *tail] for place in places]
+            hidden_BLD = states(_batch(whole, context, tokenizer.controls.get("pad", 0)))
+            for row, place in enumerate(places):
+                hidden[place] = hidden_BLD[row, : len(lead) + len(rows[place])]
+        for at, ((number, text), ids) in enumerate(zip(group, encoded, strict=True)):
+            mine = [hidden[at, first] for first in _firsts(ids, room)]
+            yield _pooled(tokenizer, number, text, ids, mine, len(lead), pool)
 
 
-def _before(tokenizer: Tokenizer) -> int:
-    """Control tokens before a text: [CLS], or a decoder's end of text."""
-    return int("cls" in tokenizer.controls or tokenizer.eot is not None)
+def _firsts(ids: np.ndarray, room: int) -> range:
+    """Where the stretches of a text begin; one without tokens has one, too."""
+    return range(0, max(len(ids), 1), room)
 
 
-def _room(run: Run, tokenizer: Tokenizer) -> int:
-    """Tokens of a text that fit into the model beside the control tokens."""
-    room = run.model.context - _before(tokenizer) - ("sep" in tokenizer.controls)
-    if room < 1:
-        raise ValueError(f"model.context={run.model.context} holds no text")
-    return room
-
-
-def _batch(tokenizer: Tokenizer, rows: list[np.ndarray]) -> batches.Arrays:
-    """Rows of ids between control tokens, padded to one of few lengths and to whole devices."""
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Control tokens before a text, [CLS] or a decoder's end of text, and behind it."""
     controls = tokenizer.controls
-    lead = [controls["cls"]] if "cls" in controls else [] if (e := tokenizer.eot) is None else [e]
-    tail = [controls["sep"]] if "sep" in controls else []
-    longest = max(len(ids) for ids in rows) + len(lead) + len(tail)
-    length = _SHORTEST
+    first = controls.get("cls", tokenizer.eot)
+    return [] if first is None else [first], [controls["sep"]] if "sep" in controls else []
+
+
+def _batch(rows: list[list[int]], context: int, pad: int) -> batches.Arrays:
+    """Rows of ids, padded to one of few lengths and to whole devices."""
+    length, longest = _SHORTEST, max(map(len, rows))
     while length < longest:
         length *= 2
+    length = min(length, context)  # which need not be a power of two: ERNIE's is 513
     devices = sharding.axis_size(*sharding.BATCH_AXES)
     size = -(-_ROWS // devices) * devices
-    tokens_BL = np.full((size, length), controls.get("pad", 0), np.int32)
+    tokens_BL = np.full((size, length), pad, np.int32)
     segments_BL = np.zeros((size, length), np.int32)
     for row, ids in enumerate(rows):
-        whole = [*lead, *ids, *tail]
-        tokens_BL[row, : len(whole)] = whole
-        segments_BL[row, : len(whole)] = 1
+        tokens_BL[row, : len(ids)] = ids
+        segments_BL[row, : len(ids)] = 1
     return {"tokens_BL": tokens_BL, "segments_BL": segments_BL}
 
 
@@ -164,9 +155,10 @@ def _pooled(
     text: str,
     ids: np.ndarray,
     stretches: list[np.ndarray],
+    before: int,
     pool: Pool,
 ) -> Vectors:
-    before = _before(tokenizer)
+    """What is asked for of a text's states, `before` of them a control's in each stretch."""
     if pool == "first":
         return Vectors(number, text, stretches[0][:1], [])
     states_TD = np.concatenate([states[before:] for states in stretches])
@@ -177,11 +169,11 @@ def _pooled(
     pieces = [tokenizer.piece(int(i)) for i in ids]
     if pool == "tokens":
         return Vectors(number, text, states_TD, pieces)
+    if not len(ids):
+        return Vectors(number, text, states_TD, [])
     starts = tokenizer.word_starts[ids]
-    first = np.flatnonzero(starts | (np.arange(len(ids)) == 0))
+    starts[0] = True
+    first = np.flatnonzero(starts)
     sizes = np.diff(np.append(first, len(ids)))
-    words = (
-        [tokenizer.decode(part).strip() for part in np.split(ids, first[1:])] if len(ids) else []
-    )
-    means_TD = np.add.reduceat(states_TD, first, axis=0) / sizes[:, None] if len(ids) else states_TD
-    return Vectors(number, text, means_TD, words)
+    words = [tokenizer.decode(part).strip() for part in np.split(ids, first[1:])]
+    return Vectors(number, text, np.add.reduceat(states_TD, first, axis=0) / sizes[:, None], words)

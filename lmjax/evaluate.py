@@ -76,7 +76,9 @@ def evaluate(
         phase = run.plan().stage(max(step, 1) - 1).phase
         score = Evaluator(run, prepared, part, phase=phase)
         means = score(params)
-        counted = open_prepared(own) if is_occupied(own) else None
+        counted = prepared
+        if corpus is not None:  # another text's; what was trained on is counted in the run's own
+            counted = open_prepared(own) if is_occupied(own) else None
         if masked := "masked_loss" in means:
             train = counted.store.splits["train"] if counted else None
             result = masked_scores.report(run, score, means, params, train, pseudo)

@@ -74,14 +74,11 @@ class Evaluator:
         parts = self._each(self._jitted(function), params)
         return [np.concatenate(jax.device_get(part)) for part in zip(*parts, strict=True)]
 
-    def has(self, name: str) -> bool:
-        """Whether the examples have an array of that name."""
-        return name in self._make(np.arange(1))
-
-    def host_arrays(self, *names: str) -> list[np.ndarray]:
-        """Arrays (examples, …) of all examples."""
-        parts = []
+    def host_arrays(self, *names: str) -> dict[str, np.ndarray]:
+        """Arrays (examples, …) of all examples, of those names that they have."""
+        parts: dict[str, list[np.ndarray]] = {}
         for first in range(0, self.windows, 1024):
             batch = self._make(np.arange(first, min(first + 1024, self.windows)))
-            parts.append([batch[name] for name in names])
-        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+            for name in batch.keys() & set(names):
+                parts.setdefault(name, []).append(batch[name])
+        return {name: np.concatenate(part) for name, part in parts.items()}

@@ -13,7 +13,8 @@ from lmjax import sharding
 from lmjax.checkpoint import load_params
 from lmjax.run import Run
 from lmjax.step import abstract_params
-from lmjax.tokenizer import Tokenizer, load_tokenizer
+from lmjax.tokenizer import Tokenizer
+from lmjax.workdir import run_tokenizer
 
 
 def fill(run: Run, workdir: Path, text: str, top: int = 5, as_json: bool = False) -> list[Any]:
@@ -57,9 +58,7 @@ def fill(run: Run, workdir: Path, text: str, top: int = 5, as_json: bool = False
 
 
 def _tokenizer(workdir: Path) -> Tokenizer:
-    if not (workdir / "tokenizer").is_dir():
-        raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = run_tokenizer(workdir)
     if "mask" not in tokenizer.controls:
         raise ValueError(f"the tokeniser of {workdir} knows no mask: its model fills in no words")
     return tokenizer

@@ -52,11 +52,11 @@ def report(
     result: dict[str, Any] = {"loss": means["loss"], "length": score.length}
     if pairing := _QUESTIONS.get(getattr(score.examples, "pairing", "")):
         result["pair_question"] = pairing
-    for name in ("masked", "pair", "replaced"):
-        if f"{name}_loss" in means:
-            result |= {k: v for k, v in means.items() if k.startswith(f"{name}_")}
-            result[f"{name}_count"] = int(result.pop(f"{name}_loss_weight"))
-    result = {k: v for k, v in result.items() if not k.endswith("_weight")}
+    for name, mean in means.items():
+        if name != "loss" and not name.endswith("_weight"):
+            result[name] = mean
+        if name.endswith("_loss"):
+            result[name.removesuffix("loss") + "count"] = int(means[f"{name}_weight"])
     result["masked_perplexity"] = math.exp(min(means["masked_loss"], 700))
     if "replaced_loss" in means:
         result["replaced_auc"] = area_under_curve(*score.collect(params, _replaced))
@@ -108,7 +108,8 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray, counted: np.ndarray
 def baselines(score: Evaluator, train: Split | None, vocab: int) -> dict[str, float]:
     """What needs no model: the commonest token and its counts, the commoner label."""
     found: dict[str, float] = {}
-    targets, weights = score.host_arrays("targets_BP", "weights_BP")
+    held = score.host_arrays("targets_BP", "weights_BP", "pairs_BC", "pair_weights_BC")
+    targets, weights = held["targets_BP"], held["weights_BP"]
     if train is not None:
         counts = np.bincount(train.tokens, minlength=vocab) + 1.0
         if train.eot is not None:
@@ -118,8 +119,8 @@ def baselines(score: Evaluator, train: Split | None, vocab: int) -> dict[str, fl
         found["unigram_masked_loss"] = float((nll[targets] * weights).sum() / total)
         hits = targets == counts.argmax()
         found["unigram_masked_accuracy"] = float((hits * weights).sum() / total)
-    if score.has("pairs_BC"):
-        labels, weights = score.host_arrays("pairs_BC", "pair_weights_BC")
+    if "pairs_BC" in held:
+        labels, weights = held["pairs_BC"], held["pair_weights_BC"]
         share = float((labels * weights).sum() / weights.sum())
         found["majority_pair_accuracy"] = max(share, 1 - share)
     return found

@@ -12,7 +12,7 @@ from lmjax.generate import Sampling, beam_text, generate_text
 from lmjax.report import write_report
 from lmjax.run import Run
 from lmjax.step import abstract_params
-from lmjax.tokenizer import load_tokenizer
+from lmjax.workdir import run_tokenizer
 
 
 def sample(
@@ -31,9 +31,7 @@ def sample(
     """
     if beams < 1:
         raise ValueError(f"beams={beams}: allowed are 1 (no beam search) and above")
-    if not (workdir / "tokenizer").is_dir():
-        raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
-    tokenizer = load_tokenizer(workdir / "tokenizer")
+    tokenizer = run_tokenizer(workdir)
     with sharding.use(sharding.Layout().mesh()):
         step, params = load_params(workdir, abstract_params(run.model))
         print(prompt, end="", flush=True)

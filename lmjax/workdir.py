@@ -18,7 +18,7 @@ from typing import Any
 from lmjax import recipe, sharding
 from lmjax.data import Prepared
 from lmjax.run import Run, describe
-from lmjax.tokenizer import DESCRIPTION, load_tokenizer
+from lmjax.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
 
 # What may change between two starts of one run: nothing here changes what a step computes.
 FREE = re.compile(
@@ -99,6 +99,18 @@ def keep_tokenizer(directory: Path, workdir: Path) -> None:
             )
         return
     shutil.copytree(directory, mine, dirs_exist_ok=True)
+
+
+def run_tokenizer(workdir: Path) -> Tokenizer:
+    """The tokeniser that a run directory keeps.
+
+    Raises:
+      ValueError: it keeps none, or a damaged one.
+    """
+    folder = workdir / "tokenizer"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir} has no tokeniser: train there, or import one with the weights")
+    return load_tokenizer(folder)
 
 
 def record(run: Run, workdir: Path, about: dict[str, str]) -> None:

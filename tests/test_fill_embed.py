@@ -14,6 +14,7 @@ from commands import ROOT, write_text
 from lmjax import recipe, sharding
 from lmjax.__main__ import main
 from lmjax.checkpoint import load_params
+from lmjax.embed import _batch
 from lmjax.sharding import Layout
 from lmjax.step import abstract_params
 from lmjax.tokenizer import load_tokenizer
@@ -157,6 +158,14 @@ def test_tokens_and_words_come_with_their_text_and_bounds(bert, command, tmp_pat
     groups = np.split(wanted, np.flatnonzero(starts)[1:])
     means = np.stack([group.mean(0) for group in groups])
     np.testing.assert_allclose(words["vectors"][slice(*words["starts"][:2])], means, atol=2e-6)
+
+
+def test_a_context_need_not_be_a_power_of_two():
+    """ERNIE's is 513: rows of a full context are padded to it and no further."""
+    batch = _batch([[1] * 500, [1] * 513], 513, pad=7)
+    assert batch["tokens_BL"].shape[1] == 513 and batch["segments_BL"].sum() == 1013
+    assert batch["tokens_BL"][0, 500:].tolist() == [7] * 13
+    assert _batch([[1] * 17], 513, pad=7)["tokens_BL"].shape[1] == 32
 
 
 def test_json_lines_hold_the_same_vectors(bert, command, tmp_path):
