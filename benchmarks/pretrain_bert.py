@@ -123,12 +123,10 @@ def main() -> None:
             group["lr"] = rate
         examples = np.arange(step * run.batch, (step + 1) * run.batch)
         batch = run.data.examples.train(splits["train"], run.seed, examples)
-        special = (batch["segments_BL"] == 0) | np.isin(
-            unmasked(batch), list(splits["train"].controls.values())
-        )
-        tokens, labels = collate.torch_mask_tokens(
-            long(unmasked(batch)), special_tokens_mask=torch.tensor(special)
-        )
+        plain = unmasked(batch)
+        controls = list(splits["train"].controls.values())
+        special = torch.tensor((batch["segments_BL"] == 0) | np.isin(plain, controls))
+        tokens, labels = collate.torch_mask_tokens(long(plain), special_tokens_mask=special)
         model(**inputs_of(batch, tokens), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

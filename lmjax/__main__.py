@@ -251,8 +251,7 @@ def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load_recorded(arguments, keys)
     from lmjax.fill import fill
 
-    workdir = _folder("workdir", arguments.workdir)
-    fill(run, workdir, arguments.text, arguments.top, arguments.json)
+    fill(run, _folder("workdir", arguments.workdir), arguments.text, arguments.top, arguments.json)
 
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
@@ -295,8 +294,9 @@ def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
             if not key.endswith(("class", "function")):
                 print(f"--{key}={value}")
         print()
+        width = max(16, *map(len, summary))
         for key, value in summary.items():
-            print(f"{key:>16}  {value:,}")
+            print(f"{key:>{width}}  {value:,}")
     print(json.dumps({**summary, "run": resolved}, ensure_ascii=False))
 
 

@@ -195,21 +195,10 @@ def pick(hidden_LD: jax.Array, columns_P: jax.Array) -> jax.Array:
     return hidden_LD[columns_P]
 
 
-def check_sizes(model: Any, *names: str) -> None:
-    """Raises ValueError for sizes below 1, rates outside [0, 1), and heads that do not fit."""
-    for name in ("vocab", "context", "depth", "width", "heads", *names):
-        if getattr(model, name) < 1:
-            raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
-    for name in ("dropout", "attention_dropout"):
-        if not 0 <= getattr(model, name) < 1:
-            raise ValueError(f"model.{name}={getattr(model, name)}: a rate from 0 up to 1")
-    if model.width % model.heads:
-        raise ValueError(f"model.width={model.width} is not a multiple of heads={model.heads}")
-    if getattr(model, "pair", False) or getattr(model, "sequence_classes", 0):
-        if not model.pooler:
-            raise ValueError(
-                "model.pooler=False: the pair and sequence heads read the pooled state"
-            )
+def check_pooled(model: Any) -> None:
+    """Raises ValueError for heads on the pooled state without a pooler."""
+    if (model.pair or model.sequence_classes) and not model.pooler:
+        raise ValueError("model.pooler=False: pair and sequence heads read the pooled state")
 
 
 def block_parameters(width: int, inner: int) -> int:

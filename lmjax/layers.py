@@ -65,6 +65,19 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
+def check_sizes(model: Any, *names: str) -> None:
+    """Raises ValueError for sizes (and `names`) below 1, rates outside [0, 1), and heads that do
+    not divide the width."""
+    for name in ("vocab", "context", "depth", "width", "heads", *names):
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ValueError(f"model.{name}={getattr(model, name)}: a rate from 0 up to 1")
+    if model.width % model.heads:
+        raise ValueError(f"model.width={model.width} is not a multiple of heads={model.heads}")
+
+
 def padded(rows: int, multiple: int = 128) -> int:
     """`rows` rounded up: an even split over devices and whole tiles of the matrix unit."""
     return -(-rows // multiple) * multiple

@@ -16,10 +16,19 @@ from lmjax.encoder import (
     Stack,
     apply_heads,
     block_parameters,
-    check_sizes,
+    check_pooled,
     flops,
 )
-from lmjax.layers import Activation, Batch, Dtype, Outputs, Readout, compute_dtype, padded
+from lmjax.layers import (
+    Activation,
+    Batch,
+    Dtype,
+    Outputs,
+    Readout,
+    check_sizes,
+    compute_dtype,
+    padded,
+)
 
 
 class ALBERT(nn.Module):
@@ -56,6 +65,7 @@ class ALBERT(nn.Module):
 
     def __post_init__(self) -> None:
         check_sizes(self, "embedding_width")
+        check_pooled(self)
         super().__post_init__()
 
     @property

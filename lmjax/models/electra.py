@@ -18,7 +18,6 @@ from lmjax.encoder import (
     MaskedHead,
     Stack,
     block_parameters,
-    check_sizes,
     flops,
     head_dense,
     pick,
@@ -30,6 +29,7 @@ from lmjax.layers import (
     Dtype,
     Outputs,
     Readout,
+    check_sizes,
     compute_dtype,
     padded,
 )

@@ -19,6 +19,7 @@ from lmjax.layers import (
     LayerNorm,
     Outputs,
     Readout,
+    check_sizes,
     compute_dtype,
     embed,
     padded,
@@ -52,14 +53,7 @@ class GPT(nn.Module):
     unroll: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "context", "depth", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: a rate from 0 up to 1")
-        if self.width % self.heads:
-            raise ValueError(f"model.width={self.width} is not a multiple of heads={self.heads}")
+        check_sizes(self)
         super().__post_init__()
 
     @property
