@@ -33,6 +33,18 @@ def compiler_options() -> dict[str, str] | None:
     return barriers if sharding.platform() == "cpu" else None
 
 
+def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
+    """`x`, on several CPU devices not before `earlier`, an array of finite numbers of its shape.
+
+    XLA's CPU executor starts what does not depend on each other in any order. Where that is a sum
+    over the devices and a loop with collectives, some devices begin with one and some with the
+    other, and wait for each other until the process is ended. A barrier would not outlast the
+    compiler, so the two depend on each other by a number that is 0.
+    """
+    several = sharding.platform() == "cpu" and sharding.axis_size(*sharding.AXES) > 1
+    return x + 0 * jax.lax.stop_gradient(earlier).astype(x.dtype) if several else x
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep what is freed, for the next step to take; where it is not glibc, nothing.
 

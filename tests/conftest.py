@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# More threads than the one per device: XLA may start independent collectives of a step in another
+# order on each device, which then wait for each other for ever; this makes that rarer.
+os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Most of the suite's time is compilation; tests and the commands they start share this cache.
 _cache = Path(tempfile.gettempdir()) / f"lmjax-test-cache-{os.getuid()}"
