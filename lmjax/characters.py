@@ -137,8 +137,7 @@ def _letters(table_VE: jax.Array, characters_NC: jax.Array) -> jax.Array:
 def _letters_backward(saved: Any, gradient_NCE: jax.Array) -> Any:
     table_VE, characters_NC = saved
     one_hot_NCV = jax.nn.one_hot(characters_NC, len(table_VE), dtype=gradient_NCE.dtype)
-    grad = jnp.einsum("NCV,NCE->VE", one_hot_NCV, gradient_NCE, preferred_element_type=jnp.float32)
-    return grad.astype(table_VE.dtype), None
+    return _sums(one_hot_NCV, gradient_NCE).astype(table_VE.dtype), None
 
 
 _letters.defvjp(lambda table, at: (_letters(table, at), (table, at)), _letters_backward)
@@ -162,7 +161,7 @@ def _strongest_forward(letters_NCE: jax.Array, kernel_WEF: jax.Array) -> Any:
     place_NPF = jax.lax.broadcasted_iota(jnp.int32, places_NPF.shape, 1)
 
     def better(a: Any, b: Any) -> Any:
-        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1])) | (a[0] != a[0])  # NaN stays
         return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
 
     least = (jnp.array(-jnp.inf, places_NPF.dtype), jnp.array(places_NPF.shape[1], jnp.int32))
@@ -202,10 +201,10 @@ def _once_each(
     words_NC = take(flat(characters_BXLC), first_N)
     head = on_each(lambda x: x[:cap], rows)(words_NC)
     rest = on_each(lambda x: x[cap:], rows)(words_NC)
-    y_head, y_rest = _head_first(spell, weights, head, rest, (count_1 > cap).any())
+    parts: Any = _head_first(spell, weights, head, rest, (count_1 > cap).any())
     join = on_each(lambda a, b: jnp.concatenate([a, b]), (rows, rows))
     pick = on_each(_rows, (rows, rows))
-    return restore(pick(join(y_head, y_rest), place_N))
+    return restore(pick(join(*parts), place_N))
 
 
 def _distinct(spellings_BXL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -231,8 +230,20 @@ def _rows(y_ND: jax.Array, at_N: jax.Array) -> jax.Array:
 
 def _rows_backward(saved: Any, gradient_ND: jax.Array) -> Any:
     at_N, rows = saved
-    grad = jax.ops.segment_sum(gradient_ND.astype(jnp.float32), at_N, len(rows))
+    if sharding.platform() == "cpu":
+        grad = jax.ops.segment_sum(gradient_ND.astype(jnp.float32), at_N, len(rows))
+    else:
+        # A scatter takes row after row, or any order; this product is small.
+        grad = _sums(jax.nn.one_hot(at_N, len(rows), dtype=gradient_ND.dtype), gradient_ND)
     return grad.astype(gradient_ND.dtype), None
+
+
+def _sums(one_hot_NV: jax.Array, x_ND: jax.Array) -> jax.Array:
+    """Sums of the rows that belong together (V, D), float32."""
+    return jnp.einsum(
+        "...V,...D->VD", one_hot_NV, x_ND,
+        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
 
 
 _rows.defvjp(lambda y, at: (y[at], (at, y[:, 0])), _rows_backward)

@@ -142,7 +142,7 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
 
 def _check_even(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        names: list[str] = list(axis) if isinstance(axis, tuple) else [axis] if axis else []
         if size % axis_size(*names):
             raise ValueError(
                 f"{path}: dimension {dim} has size {size}, which mesh axis "

@@ -51,8 +51,10 @@ def _forward(table_VE, kernel_KF, characters_NC, widths):
             top_KF, place_KF = best
             for q in range(PLACES):
                 place = b * PLACES + q
-                better = (given_QKF[q] > top_KF) & (place < limit_F)[None]
-                top_KF = jnp.where(better, given_QKF[q], top_KF)
+                here_KF = given_QKF[q]
+                better = (here_KF > top_KF) | (here_KF != here_KF)  # NaN stays
+                better &= (place < limit_F)[None]
+                top_KF = jnp.where(better, here_KF, top_KF)
                 place_KF = jnp.where(better, place.astype(jnp.int16), place_KF)
             return top_KF, place_KF
 
@@ -62,7 +64,7 @@ def _forward(table_VE, kernel_KF, characters_NC, widths):
 
     _, (top, place) = jax.lax.scan(chunk, None, (chunks, ends))
     top_NF = top.reshape(-1, filters)
-    back_N = jnp.argsort(order_N)
+    back_N = jnp.argsort(order_N)[: len(characters_NC)]
     return top_NF[back_N], (table_VE, kernel_KF, chunks, ends, order_N, place)
 
 
