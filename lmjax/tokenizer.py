@@ -29,7 +29,6 @@ from lmjax.tokenizer_base import (
     training_texts,
     write_tokenizer,
 )
-from lmjax.vocabulary import Vocabulary
 from lmjax.wordpiece import WordPiece
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "SentencePiece",
     "Tokenizer",
     "TokenizerSpec",
-    "Vocabulary",
     "WordPiece",
     "load_tokenizer",
 ]

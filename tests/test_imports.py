@@ -18,9 +18,8 @@ FLOORS = (
     "tokenizer_base bpe spm",
     "wordpiece",
     "pretokenized",
-    "sentences words",
-    "vocabulary",
     "tokenizer",
+    "sentences words",
     "units",
     "store_build",
     "store",
@@ -30,9 +29,8 @@ FLOORS = (
     "cpu",
     "attention",
     "layers",
-    "blocks sparse mix recurrent spelling_cpu word_chunks",
-    "characters encoder sampled",
-    "sampled_loss",
+    "blocks",
+    "encoder",
     "models.*",
     "losses",
     "examples.permutation",
@@ -49,14 +47,13 @@ FLOORS = (
     "metrics progress charts report_page",
     "report",
     "evaluator pseudo",
-    "masked_scores word_scores",
+    "masked_scores",
     "evaluate",
     "vectors",
-    "generate fill embed word_vectors",
-    "embed_flags",
-    "convert.hub convert.hdf5 convert.tf_checkpoint",
+    "generate fill embed",
+    "convert.hub convert.tf_checkpoint",
     "convert.encoder_names convert.google convert.tokenizer_files",
-    "convert.encoder_config convert.elmo_options",
+    "convert.encoder_config",
     "convert.*",
     "convert.exchange",
     "sample",
@@ -64,9 +61,9 @@ FLOORS = (
     "__main__",
 )
 HOST_ONLY = (
-    "document text_bytes text_files text bpe spm vocabulary tokenizer units store data recipe "
+    "document text_bytes text_files text bpe spm tokenizer units store data recipe "
     "examples.permutation examples.windows examples.pairs examples.full_sentences "
-    "examples.instances examples.streams vectors metrics progress charts report_page report"
+    "examples.instances vectors metrics progress charts report_page report"
 ).split()
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
