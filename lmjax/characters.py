@@ -90,7 +90,7 @@ def _highway_init(key: jax.Array, width: int) -> Any:
     keys = jax.random.split(key)
     init = normal(math.sqrt(1 / width))
     return {
-        name: {"kernel": init(k, (width, width)), "bias": jnp.full(width, bias)}
+        name: {"kernel": init(k, (width, width)), "bias": jnp.full(width, bias, jnp.float32)}
         for name, k, bias in zip(("carry", "transform"), keys, (-2.0, 0.0), strict=True)
     }
 

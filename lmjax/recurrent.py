@@ -161,9 +161,8 @@ def _put(buffer: Any, values: Any, t: Any) -> Any:
     return jax.tree.map(put, buffer, values)
 
 
-def _room(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _room(shape: tuple[int, ...], dtype: Any, last: str | None = None) -> jax.Array:
     """A buffer (T, B, ...) for a loop to fill; nothing is written to it before."""
-    last = sharding.TENSOR if len(shape) == 3 else None
     return sharding.constrain(jax.lax.empty(shape, dtype), None, sharding.BATCH_AXES, last)
 
 
@@ -171,6 +170,13 @@ def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
     """Product over one dimension of each, float32, in memory as it is on a CPU."""
     dims = (((over[0],), (over[1],)), ((), ()))
     return cpu.hold(jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32))
+
+
+def _over_words(a_TBI: jax.Array, b_TBJ: jax.Array) -> jax.Array:
+    """Σ a b over all words (I, J), float32."""
+    # Not as a product of matrices: where devices share the rows, these two dimensions do not merge.
+    dims = (((0, 1), (0, 1)), ((), ()))
+    return cpu.hold(jax.lax.dot_general(a_TBI, b_TBJ, dims, preferred_element_type=jnp.float32))
 
 
 def _activated(sums: Gates) -> Gates:
@@ -199,15 +205,21 @@ def _where(mask_B: jax.Array | None, x: Any, otherwise: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(mask_B[:, None], a, b), x, otherwise)
 
 
+def _placed(carry: Carry) -> Carry:
+    """Cells are split over `tensor`, what they are projected to is whole."""
+    cell_BH = sharding.constrain(carry[0], sharding.BATCH_AXES, sharding.TENSOR)
+    return cell_BH, sharding.constrain(carry[1], sharding.BATCH_AXES, None)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _lstm(x_TBD, weights, carry, mask_TB, clips):
     return _forward(x_TBD, weights, carry, mask_TB, clips)[0]
 
 
 def _forward(x_TBD, weights, carry, mask_TB, clips):
-    (T, B, D), (H, P), dtype = x_TBD.shape, weights.out_HD.shape, x_TBD.dtype
+    (T, B, _), (H, P), dtype = x_TBD.shape, weights.out_HD.shape, x_TBD.dtype
     x_TBD = cpu.hold(x_TBD)
-    added = [(x_TBD.reshape(T * B, D) @ w_DH).reshape(T, B, H) for w_DH in weights.input]
+    added = [x_TBD @ w_DH for w_DH in weights.input]
 
     def step(t: Any, state: Any) -> Any:
         (cell_BH, hidden_BD), buffers = state
@@ -227,10 +239,10 @@ def _forward(x_TBD, weights, carry, mask_TB, clips):
         values = _Buffers(sums, cell_BH, output_BH, raw_BD, new[1])
         return new, _put(buffers, values, t)
 
-    buffers = _Buffers(
-        cpu.hold(added), _room((T, B, H), dtype), _room((T, B, H), dtype),
-        _room((T, B, P), jnp.float32), _room((T, B, P), dtype),
-    )  # fmt: skip
+    cells = ((T, B, H), dtype, sharding.TENSOR)
+    rooms = (_room(*cells), _room(*cells), _room((T, B, P), jnp.float32), _room((T, B, P), dtype))
+    buffers = _Buffers(cpu.hold(added), *rooms)
+    carry = _placed(carry)
     end, buffers = jax.lax.fori_loop(0, T, step, (carry, buffers))
     return (buffers.hidden_TBD, end), (x_TBD, weights, carry, mask_TB, buffers)
 
@@ -260,7 +272,7 @@ def _backward(clips, saved, cotangents):
         before = _where(mask_B, (through_BH, before_BD), (cell_grad_BH, total_BD))
         return before, _put(gates, sums_grad, t), _put(projected, raw_grad_BD, t)
 
-    zeros = jax.tree.map(jnp.zeros_like, carry)
+    zeros = _placed(jax.tree.map(jnp.zeros_like, carry))
     room = _room(buffers.hidden_TBD.shape, dtype)
     _, gates, projected = jax.lax.fori_loop(0, T, step, (zeros, buffers.gates_TBH, room))
     hidden_TBD = jnp.concatenate([carry[1][None].astype(dtype), buffers.hidden_TBD[:-1]])
@@ -292,29 +304,24 @@ def _gates_backward(
     return grad * f, sums_grad
 
 
-def _products(x_TBD, weights, hidden_TBD, gates_grad, output_TBH, projected_grad):
+def _products(x_TBD, weights, hidden_TBD, gates_grad, output_TBH, projected_grad_TBD):
     """Gradients of the input and, in one product for each gate, of the weights."""
-    (T, B, D), dtype = x_TBD.shape, x_TBD.dtype
-    width = hidden_TBD.shape[-1]
-
-    def flat(x: jax.Array) -> jax.Array:
-        return x.reshape(T * B, -1)
-
-    gates_grad = cpu.hold([flat(z) for z in gates_grad])
+    width, dtype = x_TBD.shape[-1], x_TBD.dtype
+    gates_grad = cpu.hold(gates_grad)
     parts = zip(gates_grad, weights.input, strict=True)
-    x_grad: Any = sum(_dot(z, w_DH, (1, 1)) for z, w_DH in parts)
+    x_grad_TBD: Any = sum(_dot(z_TBH, w_DH, (2, 1)) for z_TBH, w_DH in parts)
     # A column of ones makes the gradient of the bias, for less than a sum of its own costs.
-    ones_TB1 = jnp.ones((T, B, 1), dtype)
-    factor = cpu.hold(flat(jnp.concatenate([x_TBD, hidden_TBD, ones_TB1], -1)))
-    fused = [_dot(factor, z, (0, 0)) for z in gates_grad]
-    out_grad_DH = _dot(flat(projected_grad), flat(output_TBH), (0, 0))
+    ones_TB1 = jnp.ones((*x_TBD.shape[:2], 1), dtype)
+    factor = cpu.hold(jnp.concatenate([x_TBD, hidden_TBD, ones_TB1], -1))
+    fused = [_over_words(factor, z_TBH) for z_TBH in gates_grad]
+    out_grad_DH = _over_words(projected_grad_TBD, output_TBH)
     weights_grad = Weights(
-        [x[:D].astype(dtype) for x in fused],
-        [x[D : D + width].astype(dtype) for x in fused],
-        [x[D + width] for x in fused],
+        [x[:width].astype(dtype) for x in fused],
+        [x[width:-1].astype(dtype) for x in fused],
+        [x[-1] for x in fused],
         out_grad_DH.T.astype(dtype),
     )
-    return x_grad.astype(dtype).reshape(T, B, D), weights_grad
+    return x_grad_TBD.astype(dtype), weights_grad
 
 
 _lstm.defvjp(_forward, _backward)

@@ -111,6 +111,24 @@ def test_every_mesh_gives_the_same(layout: Layout):
     close(there_gradients, gradients)
 
 
+@pytest.mark.parametrize("layout", MESHES, ids=str)
+def test_devices_that_share_the_rows_send_each_other_weights_alone(layout: Layout):
+    x, params, carry = inputs()
+
+    def loss(params, x, carry):
+        outputs, end = layer(x, params, carry, (3.0, 3.0))
+        return jnp.square(outputs).sum(), end
+
+    with sharding.use(layout.mesh()):
+        named = {"layer_0": params}
+        params = jax.device_put(named, sharding.shardings(named))["layer_0"]
+        x, carry = jax.device_put((x, carry), sharding.batch_sharding())
+        program = jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(params, x, carry).compile()
+    text = str(program.as_text())
+    assert "all-reduce" in text and "all-to-all" not in text and "collective-permute" not in text
+    assert ("all-gather" in text) == (layout.fsdp > 1)
+
+
 def test_no_gradient_crosses_the_edge():
     x, params, carry = inputs()
 
