@@ -33,16 +33,22 @@ def compiler_options() -> dict[str, str] | None:
     return barriers if sharding.platform() == "cpu" else None
 
 
-def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
-    """`x`, on several CPU devices not before `earlier`, an array of finite numbers of its shape.
+def after(batch: Any, hidden: jax.Array) -> Any:
+    """`batch`, arrays (B, ...), on several CPU devices not before `hidden` (B, ...).
 
     XLA's CPU executor starts what does not depend on each other in any order. Where that is a sum
-    over the devices and a loop with collectives, some devices begin with one and some with the
+    over the batch and a loop with collectives, some devices begin with one and some with the
     other, and wait for each other until the process is ended. A barrier would not outlast the
-    compiler, so the two depend on each other by a number that is 0.
+    compiler, so they depend on each other by a number a row that is 0 (where it is finite).
     """
-    several = sharding.platform() == "cpu" and sharding.axis_size(*sharding.AXES) > 1
-    return x + 0 * jax.lax.stop_gradient(earlier).astype(x.dtype) if several else x
+    if sharding.platform() != "cpu" or sharding.axis_size(*sharding.AXES) == 1:
+        return batch
+    zero_B = 0 * jax.lax.stop_gradient(hidden.reshape(hidden.shape[0], -1)[:, 0])
+
+    def late(x: jax.Array) -> jax.Array:
+        return x + jnp.expand_dims(zero_B.astype(x.dtype), tuple(range(1, x.ndim)))
+
+    return jax.tree.map(late, batch)
 
 
 def keep_freed_memory() -> None:

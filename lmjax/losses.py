@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lmjax import cpu, sharding
+from lmjax import sharding
 from lmjax.layers import Batch, Outputs, Readout
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -34,7 +34,7 @@ def next_token(outputs: Outputs, batch: Batch) -> Sums:
     """Next-token cross-entropy in nats, and the share of targets that score highest."""
     weights_BL = batch["weights_BL"]
     nll, hits = cross_entropy(outputs.hidden_BLD, outputs.readout, batch["targets_BL"], weights_BL)
-    weight = cpu.after(weights_BL, outputs.hidden_BLD[..., 0]).sum()
+    weight = weights_BL.sum()
     return {"loss": (nll, weight), "accuracy": (jax.lax.stop_gradient(hits), weight)}
 
 
@@ -43,7 +43,7 @@ def masked_token(outputs: Outputs, batch: Batch) -> Sums:
     weights_BP = batch["weights_BP"]
     scored_BPE = _head(outputs, "masked_BPE", "no masked-token head (model.masked)")
     nll, hits = cross_entropy(scored_BPE, outputs.readout, batch["targets_BP"], weights_BP)
-    weight = cpu.after(weights_BP, scored_BPE[..., 0]).sum()
+    weight = weights_BP.sum()
     hits = jax.lax.stop_gradient(hits)
     return {"masked_loss": (nll, weight), "masked_accuracy": (hits, weight)}
 

@@ -94,7 +94,7 @@ def make_train_step(
     def sums(params: Any, batch: Batch, key: jax.Array) -> Sums:
         rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
         outputs: Any = model.apply({"params": params}, batch, train=True, rngs=rngs)
-        return loss(outputs, batch)
+        return _scored(loss, outputs, batch)
 
     whole = total_of(loss)
 
@@ -168,6 +168,11 @@ def _microbatches(x: jax.Array, count: int) -> jax.Array:
     return sharding.constrain(x, None, sharding.BATCH_AXES, *([None] * (x.ndim - 2)))
 
 
+def _scored(loss: Loss, outputs: Outputs, batch: Batch) -> Sums:
+    """The loss; what it adds up of the batch waits for the model where it must."""
+    return loss(outputs, cpu.after(batch, outputs.hidden_BLD))
+
+
 def total_of(loss: Loss) -> Callable[[Any], Any]:
     """What makes one number to minimise of a loss's means."""
     return getattr(loss, "total", total)
@@ -179,6 +184,6 @@ def make_eval_step(model: nn.Module, loss: Loss) -> Callable[[Any, Batch], Sums]
     def eval_step(params: Any, batch: Batch) -> Sums:
         # One set of draws for every batch: what is scored is the same at each evaluation.
         outputs: Any = model.apply({"params": params}, batch, rngs={"sample": jax.random.key(0)})
-        return loss(outputs, batch)
+        return _scored(loss, outputs, batch)
 
     return eval_step

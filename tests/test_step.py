@@ -98,6 +98,26 @@ def test_every_mesh_has_the_numbers_of_one_device(layout: Layout):
     assert metrics[9]["loss"] < metrics[0]["loss"] - 0.2  # it learns
 
 
+def test_on_several_cpu_devices_a_loss_adds_up_the_batch_after_the_model_ran():
+    """Or devices may begin with either, and wait for each other for ever (`cpu.after`)."""
+
+    def weights(outputs, batch):
+        return {"loss": (batch["weights_BL"].sum(), batch["segments_BL"].sum())}
+
+    sums = {}
+    for size in (1, 8):
+        with sharding.use(Layout(size, 1, 1).mesh(jax.devices()[:size])):
+            params = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED).params
+            batch = next(iter(batches((make,), Plan(BATCH, LENGTH), 0, 1)))
+            step = jax.jit(make_eval_step(MODEL, weights))
+            sums[size] = jax.device_get(step(params, batch)["loss"])
+            # What depends on the model is no number where its output is none.
+            nowhere = jax.tree.map(lambda x: x * jnp.nan, params)
+            seen = float(step(nowhere, batch)["loss"][0])
+        assert np.isnan(seen) == (size == 8)
+    assert sums[1] == sums[8]
+
+
 def test_parameters_and_moments_are_born_sharded():
     with sharding.use(Layout(1, 8, 1).mesh()):
         state = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED)
