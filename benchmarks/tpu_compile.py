@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the TPU compiler says of steps: GPT-2 small with 8 windows of 1,024 a chip, BERT-base with
-64 sequences of 128 and ELECTRA-small with 128; needs no TPU.
+64 sequences of 128, ELECTRA-small with 128, and ELMo with 128 streams of 20 words; needs no TPU.
 
     python -m benchmarks.tpu_compile [bert_base …]
 
@@ -19,7 +19,13 @@ from lmjax.run import replace
 from lmjax.sharding import Layout
 from tests import tpu_compiler
 
-ROWS = {"gpt2_small": 8, "gpt2_small_hd128": 8, "bert_base": 64, "electra_small": 128}
+ROWS = {
+    "gpt2_small": 8,
+    "gpt2_small_hd128": 8,
+    "bert_base": 64,
+    "electra_small": 128,
+    "elmo": 128,
+}
 CASES = [
     ("gpt2_small", "v5e:1x1", Layout()),
     ("gpt2_small_hd128", "v5e:1x1", Layout()),
@@ -28,6 +34,9 @@ CASES = [
     ("bert_base", "v5e:1x1", Layout()),
     ("bert_base", "v5e:4x4", Layout(1, 16, 1)),
     ("electra_small", "v5e:1x1", Layout()),
+    ("elmo", "v5e:1x1", Layout()),
+    ("elmo", "v5e:2x4", Layout(8, 1, 1)),
+    ("elmo", "v5e:2x4", Layout(2, 4, 1)),
 ]
 
 

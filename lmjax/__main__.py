@@ -256,25 +256,21 @@ def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="one text")
-    source.add_argument("--file", metavar="FILE", help="a text a line; blank lines are left out")
-    add = parser.add_argument
-    add("--to", dest="target", metavar="FILE", help=".npz or .jsonl; default: JSON lines, printed")
-    add("--layer", type=int, default=-1, help="0 is the embeddings, -1 the last (default)")
-    add("--pool", default="mean", help="mean, first ([CLS]), words or tokens (default mean)")
+    from lmjax.embed_flags import add_flags
+
+    add_flags(parser)
 
 
 def _embed(arguments: argparse.Namespace, keys: Assignments) -> None:
     _check_text("text", arguments.text or "")
     run = _load_recorded(arguments, keys)
-    from lmjax.embed import embed
+    from lmjax.embed_flags import embed_by_flags
     from lmjax.vectors import lines_of
 
     texts = [arguments.text] if arguments.file is None else lines_of(Path(arguments.file))
     target = Path(arguments.target) if arguments.target else None
     workdir = _folder("workdir", arguments.workdir)
-    count = embed(run, workdir, texts, target, arguments.layer, arguments.pool)
+    count = embed_by_flags(run, workdir, texts, target, arguments)
     if target:
         print(f"{count:,} texts → {target}")
 
@@ -303,7 +299,11 @@ def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
 def _import_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="FOLDER", help="a hub folder, or Google's"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FOLDER",
+        help="a hub folder, Google's or bilm-tf's",
     )
 
 
@@ -372,13 +372,13 @@ VERBS = {
         _describe_flags,
     ),
     "import": Verb(
-        "Starts a run directory from a Hugging Face folder, or a Google BERT checkpoint.",
+        "Starts a run directory from a folder of Hugging Face, Google (BERT) or bilm-tf (ELMo).",
         _EXAMPLE.format("import") + "--workdir=runs/gpt2 --from=gpt2/",
         _import,
         _import_flags,
     ),
     "export": Verb(
-        "Writes the newest checkpoint as a Hugging Face folder and checks it.",
+        "Writes the newest checkpoint as a Hugging Face (ELMo: bilm-tf) folder and checks it.",
         _EXAMPLE.format("export") + "--workdir=runs/gpt2 --to=exported/",
         _export,
         _export_flags,

@@ -65,8 +65,8 @@ def embed(
             for vectors in _vectors(run, tokenizer, texts, states, pool):
                 write(vectors)
                 count += 1
-    if not count:
-        raise ValueError("there is no text to embed")
+            if not count:  # before the file gets its name
+                raise ValueError("there is no text to embed")
     return count
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax import masked_scores, sharding
+from lmjax import masked_scores, sharding, word_scores
 from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
 from lmjax.evaluator import Evaluator
@@ -79,9 +79,13 @@ def evaluate(
         counted = prepared
         if corpus is not None:  # another text's; what was trained on is counted in the run's own
             counted = open_prepared(own) if is_occupied(own) else None
-        if masked := "masked_loss" in means:
-            train = counted.store.splits["train"] if counted else None
+        lines, train = _lines, counted.store.splits["train"] if counted else None
+        if "masked_loss" in means:
+            lines = masked_scores.lines
             result = masked_scores.report(run, score, means, params, train, pseudo)
+        elif "backward_loss" in means:
+            lines = word_scores.lines
+            result = word_scores.report(score, means, train)
         else:
             result = next_token_report(score, means)
             if score.lossless:
@@ -89,7 +93,7 @@ def evaluate(
     name = split or (part if corpus is None else "corpus")
     result |= {"split": name, "step": step}
     write_text(workdir / f"evaluation-{name}.json", dump(result))
-    for line in masked_scores.lines(result) if masked else _lines(result):
+    for line in lines(result):
         print(line)
     print(f"report: {write_report(workdir)}")
     return result

@@ -26,12 +26,14 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class Readout:
     """What turns hidden states into scores: the table at rest, never the scores themselves.
 
-    Rows of `table_VD` from `rows` on are padding and get no probability.
+    Rows of `table_VD` from `rows` on are padding and get no probability. With `negatives`
+    (lmjax/sampled.py), a sampled softmax scores these alone, and the table may have no other rows.
     """
 
     table_VD: jax.Array
     bias_V: jax.Array | None = None
     rows: int = flax.struct.field(pytree_node=False, default=0)
+    negatives: Any = None
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 scores (B, L, rows): for a few positions, as in generation."""

@@ -6,28 +6,34 @@ gradient accumulation and the number of devices leave the value unchanged. What 
 `total` of the means: the sum of those that are called loss or …_loss; the others only report. A
 loss that weighs them in another way has a method `total` of its own.
 
-Shapes: B batch, L length, D width, V vocabulary; P scored tokens and C sequences of a row, T
-classes; in a shard and chunk: N tokens.
+Shapes: B batch, X directions, L length, D width, V vocabulary; P scored tokens and C sequences of a
+row, T classes; in a shard and chunk: N tokens, W words.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lmjax import sharding
+from lmjax import cpu, sharding
 from lmjax.layers import Batch, Outputs, Readout
+from lmjax.sampled_loss import sampled_cross_entropy
+from lmjax.word_chunks import cross_entropies
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 # float32 scores that one device holds at a time: small enough for a CPU's caches; on accelerators
 # large, because every chunk adds to the table's gradient in memory.
 _CHUNK_BYTES = {"cpu": 2**22, "gpu": 2**30, "tpu": 2**29}
+
+# Words of one device from which the vocabulary is cut instead of the tokens: so few tokens' scores
+# would make a chunk that reading the table and adding to its gradient took longer than the scores.
+_LARGE = 2**17
 
 
 def next_token(outputs: Outputs, batch: Batch) -> Sums:
@@ -104,6 +110,49 @@ class ReplacedToken:
         return means["masked_loss"] + self.weight * means["replaced_loss"]
 
 
+@dataclass(frozen=True)
+class Bidirectional:
+    """ELMo's objective: each direction's cross-entropy of its next words (Peters et al. 2018).
+
+    A readout with negatives, as in training, makes it a sampled softmax.
+    """
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> Sums:
+        """Cross-entropies in nats of hidden states (B, X, L, D), in the order of processing."""
+        hidden_BXLD, weights_BXL = outputs.hidden_BLD, batch["weights_BXL"]
+        nll_X = _by_direction(hidden_BXLD, outputs.readout, batch["targets_BXL"], weights_BXL)
+        weight_X = weights_BXL.sum((0, 2))
+        names = ("forward_loss", "backward_loss")
+        return {name: (nll_X[x], weight_X[x]) for x, name in enumerate(names)}
+
+    def total(self, means: Mapping[str, Any]) -> Any:
+        """What is minimised, of the means: their mean."""
+        return 0.5 * (means["forward_loss"] + means["backward_loss"])
+
+
+bidirectional = Bidirectional()
+
+
+def _by_direction(hidden_BXLD, readout: Readout, targets_BXL, weights_BXL) -> jax.Array:
+    """Σ weight · −log p(target) of each direction (X,)."""
+    batch, directions, length, width = hidden_BXLD.shape
+    if readout.negatives is not None:
+        scores = readout.negatives.ids_XS.shape[1] // sharding.axis_size(sharding.TENSOR)
+        chunks = _chunks(length, _rows_per_device(batch) * scores * 4, _chunk_bytes())
+        return sampled_cross_entropy(hidden_BXLD, readout, targets_BXL, weights_BXL, chunks)
+    # As rows of one batch, so that a large table is gone through once for all directions.
+    if _words_per_device(readout) >= _LARGE:
+        flat = (batch, directions * length)
+        hidden_BLD, targets_BL = hidden_BXLD.reshape(*flat, width), targets_BXL.reshape(flat)
+        nll_BL, _ = _cut_words(hidden_BLD, readout, targets_BL, _chunk_bytes())
+        return (nll_BL.reshape(weights_BXL.shape) * weights_BXL).sum((0, 2))
+    nll = [jnp.zeros(())]
+    for x in range(directions):
+        hidden_BLD = cpu.after(hidden_BXLD[:, x], jnp.full((batch, 1), nll[-1]))
+        nll.append(cross_entropy(hidden_BLD, readout, targets_BXL[:, x], weights_BXL[:, x])[0])
+    return jnp.stack(nll[1:])
+
+
 def total(means: Mapping[str, Any]) -> Any:
     """The sum of the means that are losses: what is minimised, unless the loss says otherwise."""
     losses = [value for name, value in means.items() if f"_{name}".endswith("_loss")]
@@ -117,29 +166,60 @@ def cross_entropy(
     targets_BL: jax.Array,
     weights_BL: jax.Array,
     chunk_bytes: int | None = None,
+    cut: Literal["tokens", "words"] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of the negative log-likelihood and of hits, without ever holding all scores.
 
-    Tokens go through in chunks whose gradients are formed at once, in the forward pass, so a
-    chunk's (N, V) scores are all that exists. Over `tensor`, each device scores its own part of
-    the vocabulary.
+    Over `tensor`, each device scores its own part of the vocabulary. Either tokens go through in
+    chunks whose gradients are formed at once, in the forward pass, so a chunk's (N, V) scores are
+    all that exists; or words do, and (N, W) scores of all tokens: these are computed again for
+    the gradients, but the table and its gradient are gone through once.
 
     Args:
       chunk_bytes: float32 bytes of scores that a device may hold; default by platform.
+      cut: what is cut into chunks; default: words if they are very many.
 
     Returns:
       Σ weight · −log p(target) and Σ weight · [target has the highest score], float32 scalars.
     """
-    if chunk_bytes is None:
-        chunk_bytes = _CHUNK_BYTES.get(sharding.platform(), 2**28)
-    rows_per_device = readout.table_VD.shape[0] // sharding.axis_size(sharding.TENSOR)
-    batch_per_device = hidden_BLD.shape[0] // sharding.axis_size(*sharding.BATCH_AXES)
-    chunks = _chunks(hidden_BLD.shape[1], batch_per_device * rows_per_device * 4, chunk_bytes)
-    bias_V = readout.bias_V
-    if bias_V is None:
-        bias_V = jnp.zeros(readout.table_VD.shape[:1], jnp.float32)
-    targets = (targets_BL, weights_BL.astype(jnp.float32))
-    return _cross_entropy(hidden_BLD, readout.table_VD, bias_V, targets, readout.rows, chunks)
+    chunk_bytes = chunk_bytes or _chunk_bytes()
+    words = _words_per_device(readout)
+    weights_BL = weights_BL.astype(jnp.float32)
+    if cut == "words" or (cut is None and words >= _LARGE):
+        nll_BL, hits_BL = _cut_words(hidden_BLD, readout, targets_BL, chunk_bytes)
+        return (nll_BL * weights_BL).sum(), (hits_BL * weights_BL).sum()
+    rows = _rows_per_device(hidden_BLD.shape[0])
+    chunks = _chunks(hidden_BLD.shape[1], rows * words * 4, chunk_bytes)
+    targets = (targets_BL, weights_BL)
+    table_VD, bias_V = readout.table_VD, _bias(readout)
+    return _cross_entropy(hidden_BLD, table_VD, bias_V, targets, readout.rows, chunks)
+
+
+def _chunk_bytes() -> int:
+    return _CHUNK_BYTES.get(sharding.platform(), 2**28)
+
+
+def _rows_per_device(batch: int) -> int:
+    return batch // sharding.axis_size(*sharding.BATCH_AXES)
+
+
+def _words_per_device(readout: Readout) -> int:
+    return readout.table_VD.shape[0] // sharding.axis_size(sharding.TENSOR)
+
+
+def _bias(readout: Readout) -> jax.Array:
+    if readout.bias_V is not None:
+        return readout.bias_V
+    return jnp.zeros(readout.table_VD.shape[:1], jnp.float32)
+
+
+def _cut_words(hidden_BLD, readout: Readout, targets_BL, chunk_bytes: int) -> Any:
+    """−log p(target) (B, L), and whether the target has the highest score."""
+    tokens = _rows_per_device(targets_BL.shape[0]) * targets_BL.shape[1]
+    chunks = _chunks(_words_per_device(readout), tokens * 4, chunk_bytes)
+    given = (hidden_BLD, readout.table_VD, _bias(readout), targets_BL)
+    found: Any = cross_entropies(*given, readout.rows, chunks)
+    return found
 
 
 def _chunks(length: int, bytes_per_position: int, budget: int) -> int:

@@ -4,7 +4,7 @@
 import re
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
@@ -22,8 +22,8 @@ _APART: tuple[tuple[str, int], ...] = ((r"(^|/)blocks/", 0), (r"(^|/)qkv/(kernel
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) and a warm-up schedule.
+class Optimiser:
+    """What all optimisers share: a schedule of the learning rate, clipping, and weight decay.
 
     With x the `unit`s (steps or tokens) counted for an update, W = `warmup` and T = `decay_until`
     (None: the end of the run),
@@ -40,8 +40,7 @@ class AdamW:
       count: whether x includes the update at hand ("after": the first one already moves) or stops
         short of it ("before": the first update has x = 0).
       decay_from: where the decay is counted from: the end of the warm-up, or the run's start.
-      bias_correction: divide the moments by 1 − b^updates. BERT's AdamWeightDecay does not.
-      epsilon: added to the root of the (corrected) second moment.
+      weight_decay: what the learning rate multiplies gains so many times the weight.
       decay_parameters: regex on parameter paths; what matches is decayed ("" matches all).
       clip: global norm that gradients are clipped to; None for no clipping.
     """
@@ -54,22 +53,15 @@ class AdamW:
     count: Literal["after", "before"] = "after"
     decay_from: Literal["warmup", "start"] = "warmup"
     unit: Literal["steps", "tokens"] = "steps"
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    bias_correction: bool = True
     weight_decay: float = 0.1
     decay_parameters: str = r"(kernel|embedding|positions|types)$"
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("peak", "warmup", "floor", "decay_until", "epsilon", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"optim.{name}={value}: must be 0 or more")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)}: from 0 up to 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"optim.{field.name}={value}: must be 0 or more")
         for name, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is Literal:
                 _check_choice(name, getattr(self, name), typing.get_args(hint))
@@ -123,16 +115,40 @@ class AdamW:
 
     def _directions(self) -> tuple[optax.GradientTransformation, ...]:
         """From clipped gradients to what the learning rate multiplies."""
-        adam = optax.scale_by_adam if self.bias_correction else _scale_by_uncorrected_adam
-        return (
-            adam(self.b1, self.b2, self.epsilon),
-            optax.add_decayed_weights(self.weight_decay, self._is_decayed),
-        )
+        raise NotImplementedError
 
     def _is_decayed(self, params: Any) -> Any:
         pattern = re.compile(self.decay_parameters)
         return jax.tree_util.tree_map_with_path(
             lambda path, _: bool(pattern.search(path_of(path))), params
+        )
+
+
+@dataclass(frozen=True)
+class AdamW(Optimiser):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) and a warm-up schedule.
+
+    Args:
+      bias_correction: divide the moments by 1 − b^updates. BERT's AdamWeightDecay does not.
+      epsilon: added to the root of the (corrected) second moment.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: from 0 up to 1")
+
+    def _directions(self) -> tuple[optax.GradientTransformation, ...]:
+        adam = optax.scale_by_adam if self.bias_correction else _scale_by_uncorrected_adam
+        return (
+            adam(self.b1, self.b2, self.epsilon),
+            optax.add_decayed_weights(self.weight_decay, self._is_decayed),
         )
 
 
@@ -159,6 +175,37 @@ class LAMB(AdamW):
             return update * _trust_ratio(path_of(path), update, weight) if is_adapted else update
 
         return jax.tree_util.tree_map_with_path(scale, updates, params, self._is_decayed(params))
+
+
+@dataclass(frozen=True)
+class Adagrad(Optimiser):
+    """Adagrad (Duchi et al. 2011) as TensorFlow 1 has it, with ELMo's values for defaults.
+
+    The direction is g / √(accumulator + Σ g²), without an epsilon.
+
+    Args:
+      accumulator: where the sum of squares begins.
+      gradient_scale: what gradients are multiplied by before they are clipped. ELMo minimises its
+        mean loss times the length of a window.
+    """
+
+    peak: float = 0.2
+    warmup: float = 0
+    decay: Literal["cosine", "linear", "constant"] = "constant"
+    weight_decay: float = 0.0
+    clip: float | None = 10.0
+    accumulator: float = 1.0
+    gradient_scale: float = 20.0
+
+    def transform(self, schedule: Schedule) -> optax.GradientTransformation:
+        """Gradients to updates. The state holds the sums of squares as a tree of the paths."""
+        return optax.chain(optax.scale(self.gradient_scale), super().transform(schedule))
+
+    def _directions(self) -> tuple[optax.GradientTransformation, ...]:
+        return (
+            optax.scale_by_rss(self.accumulator, eps=0.0),
+            optax.add_decayed_weights(self.weight_decay, self._is_decayed),
+        )
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

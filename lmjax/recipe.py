@@ -223,8 +223,13 @@ def from_json(recipe: Recipe, recorded: Any) -> Recipe:
             if dataclasses.is_dataclass(current) and type(current).__name__ == old["class"]:
                 changes[field.name] = from_json(current, old)
         elif not callable(current) and not dataclasses.is_dataclass(current):
-            changes[field.name] = tuple(old) if isinstance(old, list) else old
+            changes[field.name] = _tuples(old)
     return _replace(recipe, **changes)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON, also those in lists, as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,6 +33,12 @@ _ENCODER_MEASURES = {
     "pseudo_perplexity": ("Pseudo-perplexity", "one mask at a time"),
     "pseudo_bits_per_byte": ("Pseudo-bits per byte", "one mask at a time"),
 }
+_WORD_MEASURES = {
+    "perplexity": ("Perplexity", "per word, both directions"),
+    "forward_perplexity": ("Forward", "perplexity per word"),
+    "backward_perplexity": ("Backward", "perplexity per word"),
+    "bits_per_byte": ("Bits per byte", "of text"),
+}
 _BASELINES = {"unigram_bits_per_byte": "unigram model", "xz_bits_per_byte": "xz"}
 _SMALL_CHARTS = {
     "learning_rate": "Learning rate",
@@ -43,6 +49,8 @@ _HELD_OUT_CHARTS = {
     "held_out_masked_accuracy": "Held-out masked accuracy",
     "held_out_pair_accuracy": "Held-out pair accuracy",
     "held_out_replaced_accuracy": "Held-out replaced accuracy",
+    "held_out_forward_loss": "Held-out loss, forward",
+    "held_out_backward_loss": "Held-out loss, backward",
 }
 
 _SMOOTH = ("gradient_norm", "tokens_per_second")
@@ -141,7 +149,9 @@ def _score_cards(scores: Mapping[str, Any], split: str) -> list[str]:
 
 
 def _measures(scores: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    return _ENCODER_MEASURES if "masked_loss" in scores else _MEASURES
+    if "masked_loss" in scores:
+        return _ENCODER_MEASURES
+    return _WORD_MEASURES if "backward_loss" in scores else _MEASURES
 
 
 def _last_look(metrics: Records) -> list[str]:

@@ -10,7 +10,7 @@ import optax
 
 from lmjax.batches import Plan, Ramp
 from lmjax.data import Data
-from lmjax.optim import AdamW, Schedule
+from lmjax.optim import Optimiser, Schedule
 from lmjax.sharding import Layout
 from lmjax.step import Loss, abstract_params
 
@@ -58,7 +58,7 @@ class Run:
     model: Any
     data: Data
     loss: Loss
-    optim: AdamW
+    optim: Optimiser
     batch: int
     steps: int
     seed: int = 0
@@ -84,6 +84,8 @@ class Run:
             raise ValueError(f"seed={self.seed}: a whole number from 0 up to 2**32 - 1")
         if self.steps >= 1 << 31:
             raise ValueError(f"steps={self.steps}: must be below 2**31")
+        if self.phase2 and hasattr(self.model, "initial_carry"):
+            raise ValueError("phase2: a model that carries its state has one phase (--phase2=none)")
         context = getattr(self.model, "context", None)
         keys = ("data.examples.length", "phase2.examples.length")
         for key, maker in zip(keys, self.makers(), strict=False):
@@ -92,7 +94,12 @@ class Run:
 
     def makers(self) -> tuple[Any, ...]:
         """The example maker of each phase."""
-        return (self.data.examples, *([self.phase2.examples] if self.phase2 else []))
+        makers = (self.data.examples, *([self.phase2.examples] if self.phase2 else []))
+        # Parallel streams, one a row of the batch, are told how many they are.
+        return tuple(
+            maker.of_batch(batch) if hasattr(maker, "of_batch") else maker
+            for maker, batch in zip(makers, self.batch_sizes(), strict=True)
+        )
 
     def batch_sizes(self) -> tuple[int, ...]:
         """Examples a step in each phase, after the ramp."""

@@ -36,11 +36,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"up/kernel$", (FSDP, TENSOR)),
     (r"up/bias$", (TENSOR,)),
     (r"down/kernel$", (TENSOR, FSDP)),
+    # Of ELMo: cells are split like heads, and characters are few.
+    (r"(input|recurrent)/kernel$", (FSDP, None, TENSOR)),
+    (r"layer_\d+/out/kernel$", (TENSOR, FSDP)),
+    (r"layer_\d+/bias$", (None, TENSOR)),
+    (r"characters/(table|conv_\d+/kernel)$", (None, None)),
+    (r"characters/.*kernel$", (FSDP, None)),
     (r"(project|pooler|transform|dense)/kernel$", (FSDP, TENSOR)),
     (r"(pair|sequence|token|replaced)/kernel$", (FSDP, None)),  # a class is a column
     (r"output_bias$", (TENSOR,)),
     (r"bias$", (None,)),
-    (r"norm\w*/scale$", (None,)),
+    (r"(norm\w*/scale|mix/weights)$", (None,)),
 )
 
 
@@ -123,6 +129,9 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
     """
     if not shape:
         return P()
+    if path.startswith("carry/"):  # rows of the batch
+        _check_even(path, shape[:1], (BATCH_AXES,))
+        return P(BATCH_AXES)
     for pattern, axes in RULES:
         if re.search(pattern, path):
             full = (None,) * (len(shape) - len(axes)) + axes
@@ -131,12 +140,14 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
     raise ValueError(f"no sharding rule covers parameter {path} of shape {shape}")
 
 
-def _check_even(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+def _check_even(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        if axis is not None and size % axis_size(axis):
+        names: list[str] = list(axis) if isinstance(axis, tuple) else [axis] if axis else []
+        if size % axis_size(*names):
             raise ValueError(
                 f"{path}: dimension {dim} has size {size}, which mesh axis "
-                f"{axis}={axis_size(axis)} does not divide; choose another --mesh.{axis}"
+                f"{' × '.join(names)}={axis_size(*names)} does not divide; choose another "
+                f"--mesh.{names[-1]}"
             )
 
 

@@ -2,6 +2,7 @@
 """The state of a run and the pure functions that advance and score it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax import cpu, sharding
+from lmjax import cpu, sharding, sparse
 from lmjax.layers import Batch, Outputs
 from lmjax.losses import Sums, total
 
@@ -19,7 +20,10 @@ Loss = Callable[[Outputs, Batch], Sums]
 
 @flax.struct.dataclass
 class State:
-    """Everything that a step reads and writes; `carry` is what recurrent families hand on."""
+    """Everything that a step reads and writes.
+
+    `carry` is what a recurrent model hands from batch to batch, rows first: no gradient crosses.
+    """
 
     step: jax.Array
     params: Any
@@ -32,19 +36,32 @@ TrainStep = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 def init_params(model: nn.Module, seed: int) -> Any:
     """The parameters before step 0."""
+    return model.init(jax.random.key(seed), _smallest_batch(model))["params"]
+
+
+def _smallest_batch(model: Any) -> Batch:
+    if hasattr(model, "smallest_batch"):
+        return model.smallest_batch()
     ints = jnp.zeros((1, 1), jnp.int32)
     names = ("tokens_BL", "positions_BL", "segments_BL", "types_BL", "masked_BP", "firsts_BC")
-    return model.init(jax.random.key(seed), dict.fromkeys(names, ints))["params"]
+    return dict.fromkeys(names, ints)
 
 
-def init_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int) -> State:
-    """The state before step 0; traced under `jax.jit`, it is born sharded."""
-    return state_from(optimiser, init_params(model, seed))
+def initial_carry(model: Any, rows: int) -> Any:
+    """What a recurrent model carries into step 0 of batches of `rows`; None for other models."""
+    return model.initial_carry(rows) if hasattr(model, "initial_carry") else None
 
 
-def state_from(optimiser: optax.GradientTransformation, params: Any) -> State:
+def init_state(
+    model: nn.Module, optimiser: optax.GradientTransformation, seed: int, rows: int = 0
+) -> State:
+    """The state before step 0, of batches of `rows`; under `jax.jit`, it is born sharded."""
+    return state_from(optimiser, init_params(model, seed), initial_carry(model, rows))
+
+
+def state_from(optimiser: optax.GradientTransformation, params: Any, carry: Any = None) -> State:
     """Step 0 with these parameters and a fresh optimiser."""
-    return State(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+    return State(jnp.zeros((), jnp.int32), params, optimiser.init(params), carry)
 
 
 def placed(shapes: Any) -> Any:
@@ -63,15 +80,19 @@ def abstract_params(model: nn.Module) -> Any:
     return placed(jax.eval_shape(lambda: init_params(model, 0)))
 
 
-def abstract_state(model: nn.Module, optimiser: optax.GradientTransformation) -> State:
+def abstract_state(
+    model: nn.Module, optimiser: optax.GradientTransformation, rows: int = 0
+) -> State:
     """Shapes and dtypes of the state, placed."""
-    return placed(jax.eval_shape(lambda: init_state(model, optimiser, 0)))
+    return placed(jax.eval_shape(lambda: init_state(model, optimiser, 0, rows)))
 
 
-def create_state(model: nn.Module, optimiser: optax.GradientTransformation, seed: int) -> State:
+def create_state(
+    model: nn.Module, optimiser: optax.GradientTransformation, seed: int, rows: int = 0
+) -> State:
     """The state before step 0, each array computed where it rests."""
-    rest = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimiser))
-    return jax.jit(lambda: init_state(model, optimiser, seed), out_shardings=rest)()
+    rest = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimiser, rows))
+    return jax.jit(lambda: init_state(model, optimiser, seed, rows), out_shardings=rest)()
 
 
 def make_train_step(
@@ -91,22 +112,35 @@ def make_train_step(
       accumulate: microbatches per step; only memory depends on it.
     """
 
-    def sums(params: Any, batch: Batch, key: jax.Array) -> Sums:
+    def sums(draws: Batch, params: Any, batch: Batch, key: Any, carry: Any) -> tuple[Sums, Any]:
         rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
-        outputs: Any = model.apply({"params": params}, batch, train=True, rngs=rngs)
-        return _scored(loss, outputs, batch)
+        carried = {} if carry is None else {"carry": carry}
+        given = {**batch, **draws}
+        outputs: Any = model.apply({"params": params}, given, train=True, rngs=rngs, **carried)
+        return _scored(loss, outputs, batch), None if carry is None else outputs.cache
 
     whole = total_of(loss)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        means, gradients = _gradients(sums, whole, state.params, batch, key, accumulate)
+        drawn = sparse.draw(model, batch, key)
+        params, opt_state = sparse.take((state.params, state.opt_state), drawn)
+        means, gradients, carry = _gradients(
+            partial(sums, {} if drawn is None else drawn.batch),
+            whole,
+            params,
+            batch,
+            key,
+            state.carry,
+            accumulate,
+        )
         norm = optax.tree.norm(gradients)
-        updates, opt_state = optimiser.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        params, opt_state = sparse.put((state.params, state.opt_state), (params, opt_state), drawn)
         metrics = {"loss": whole(means), **means, "gradient_norm": norm}
         metrics["learning_rate"] = schedule(state.step)
-        return State(state.step + 1, params, opt_state, state.carry), metrics
+        return State(state.step + 1, params, opt_state, carry), metrics
 
     return train_step
 
@@ -127,45 +161,52 @@ def jit_train_step(step: TrainStep, state: State) -> TrainStep:
 
 
 def _gradients(
-    sums: Callable[..., Sums],
+    sums: Callable[..., tuple[Sums, Any]],
     whole: Callable[[dict[str, jax.Array]], jax.Array],
     params: Any,
     batch: Batch,
     key: jax.Array,
+    carry: Any,
     accumulate: int,
-) -> tuple[dict[str, jax.Array], Any]:
-    """Means of everything over the whole batch, and the gradient of their total."""
+) -> tuple[dict[str, jax.Array], Any, Any]:
+    """Means of everything over the whole batch, the gradient of their total, and the carry."""
 
-    def objective(params: Any, batch: Batch, key: jax.Array, weights: Any) -> Any:
-        parts = sums(params, batch, key)
+    def objective(params: Any, batch: Batch, key: jax.Array, carry: Any, weights: Any) -> Any:
+        parts, carry = sums(params, batch, key, carry)
         weights = {name: w for name, (_, w) in parts.items()} if weights is None else weights
         means = {name: s / jnp.maximum(weights[name], 1) for name, (s, _) in parts.items()}
-        return whole(means), means
+        return whole(means), (means, carry)
 
     differentiate = jax.grad(objective, has_aux=True)
     if accumulate == 1:
-        gradients, means = differentiate(params, batch, key, None)
-        return means, gradients
+        gradients, (means, carry) = differentiate(params, batch, key, carry, None)
+        return means, gradients, carry
 
     # The weights of the whole batch come first, so that each microbatch is divided by them; they
     # do not depend on the forward pass, which the compiler therefore leaves out.
-    weights = {name: weight for name, (_, weight) in sums(params, batch, key).items()}
+    weights = {name: w for name, (_, w) in sums(params, batch, key, carry)[0].items()}
     keys = jax.random.split(key, accumulate)
 
-    def add(total: Any, inputs: Any) -> tuple[Any, None]:
-        gradients, means = differentiate(params, *inputs, weights)
-        return jax.tree.map(jnp.add, total, (gradients, means)), None
+    def add(total: Any, inputs: Any) -> tuple[Any, Any]:
+        gradients, (means, carry) = differentiate(params, *inputs, weights)
+        return jax.tree.map(jnp.add, total, (gradients, means)), carry
 
-    micro = jax.tree.map(lambda x: _microbatches(x, accumulate), batch)
+    batch, carry = jax.tree.map(lambda x: _microbatches(x, accumulate), (batch, carry))
     zeros = jax.tree.map(jnp.zeros_like, (params, {name: jnp.float32(0) for name in weights}))
-    (gradients, means), _ = jax.lax.scan(add, zeros, (micro, keys))
-    return means, gradients
+    (gradients, means), carry = jax.lax.scan(add, zeros, (batch, keys, carry))
+    return means, gradients, jax.tree.map(_rejoined, carry)
 
 
 def _microbatches(x: jax.Array, count: int) -> jax.Array:
     """(B, ...) to (count, B / count, ...), of each device's own rows: nothing moves."""
     x = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
     return sharding.constrain(x, None, sharding.BATCH_AXES, *([None] * (x.ndim - 2)))
+
+
+def _rejoined(x: jax.Array) -> jax.Array:
+    """What `_microbatches` took apart."""
+    x = jnp.moveaxis(x, 0, 1)
+    return sharding.split_batch(x.reshape(-1, *x.shape[2:]))
 
 
 def _scored(loss: Loss, outputs: Outputs, batch: Batch) -> Sums:

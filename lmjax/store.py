@@ -71,7 +71,7 @@ class Split:
     tokens: uint16 or uint32[tokens], memory-mapped. starts: int64[documents + 1]; document i is
     tokens[starts[i] : starts[i + 1]] and begins with the end-of-text id, where there is one.
     document_bytes: int64[documents], of the text in UTF-8. vocab: of the tokenizer, and its
-    controls. It pickles as paths, not as tokens.
+    controls. tokenizer: its folder. It pickles as paths, not as tokens.
 
     With units, else None: sentences: int64, where each sentence starts, ascending; one ends where
     the next one starts or its document ends. marks: uint8[tokens] of WORD, ENTITY and LABEL,
@@ -89,6 +89,7 @@ class Split:
     marks: np.ndarray | None = None
     vocab: int = 0
     controls: dict[str, int] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in vars(self).items() if k not in _CACHED}
@@ -301,7 +302,7 @@ def _open_split(
     sentences, marks = _open_units(path, starts, manifest["eot"] is not None)
     return Split(
         name, tokens, starts, sizes, path["ids"], facts["bytes"], manifest["eot"],
-        sentences, marks, manifest["vocab"], dict(controls),
+        sentences, marks, manifest["vocab"], dict(controls), directory / TOKENIZER,
     )  # fmt: skip
 
 

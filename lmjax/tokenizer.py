@@ -29,6 +29,7 @@ from lmjax.tokenizer_base import (
     training_texts,
     write_tokenizer,
 )
+from lmjax.vocabulary import Vocabulary
 from lmjax.wordpiece import WordPiece
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "SentencePiece",
     "Tokenizer",
     "TokenizerSpec",
+    "Vocabulary",
     "WordPiece",
     "load_tokenizer",
 ]

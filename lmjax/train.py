@@ -173,8 +173,8 @@ class Recorder:
 
 def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
     if checkpoints.latest() is None:
-        return create_state(run.model, run.optimiser(), run.seed), 0
-    state = checkpoints.restore(abstract_state(run.model, run.optimiser()))
+        return create_state(run.model, run.optimiser(), run.seed, run.batch), 0
+    state = checkpoints.restore(abstract_state(run.model, run.optimiser(), run.batch))
     step = int(state.step)
     print(f"resumed at step {step:,}" + (" (finished)" if step >= run.steps else ""))
     return state, step

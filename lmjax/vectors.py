@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of vectors, written text by text: JSON lines, or a .npz that is laid out as it grows.
+"""Files of vectors, written text by text: JSON lines, HDF5, or a .npz that is laid out as it grows.
 
-Shapes: D width, T vectors of one text.
+Shapes: D width, T vectors of one text, K layers.
 """
 
 import contextlib
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import h5py
 import numpy as np
 
-FORMATS = (".npz", ".jsonl")
+FORMATS = (".npz", ".jsonl", ".hdf5")
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Of one text: its place among the texts, its vectors (T, D) float32, and what each is of."""
+    """Of one text: its place among the texts, its vectors (T, D) float32, and what each is of.
+
+    Of several layers, each vector is (K, D), and they are (T, K, D).
+    """
 
     number: int
     text: str
@@ -38,7 +42,9 @@ def writer(target: Path | None, single: bool) -> Iterator[Write]:
 
     .jsonl: an object a text: number, text and `vector`, or `pieces` and `vectors`. .npz: `vectors`
     (all of them, D), `texts`, and unless `single`, `pieces` and `starts` (texts + 1): text i has
-    vectors[starts[i] : starts[i + 1]].
+    vectors[starts[i] : starts[i + 1]]. .hdf5: as bilm-tf and AllenNLP have it, a dataset for text i
+    named "i", (T, D), of several layers (K, T, D), or if `single` (D,); `sentence_to_index` holds
+    a JSON object from texts to these names.
 
     Raises:
       ValueError: a target of another kind.
@@ -47,7 +53,7 @@ def writer(target: Path | None, single: bool) -> Iterator[Write]:
         yield lambda found: print(_line(found, single))
         return
     if target.suffix not in FORMATS:
-        raise ValueError(f"--to={target}: a file that ends in {' or '.join(FORMATS)}")
+        raise ValueError(f"--to={target}: a file that ends in {', '.join(FORMATS)}")
     if not target.parent.is_dir():
         raise ValueError(f"--to={target}: there is no folder {target.parent}")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -56,7 +62,8 @@ def writer(target: Path | None, single: bool) -> Iterator[Write]:
             with open(temporary, "x", encoding="utf-8") as file:
                 yield lambda found: print(_line(found, single), file=file)
         else:
-            with _Npz(temporary, single) as archive:
+            kind = _Npz if target.suffix == ".npz" else _Hdf5
+            with kind(temporary, single) as archive:
                 yield archive.add
         os.replace(temporary, target)
     finally:
@@ -79,7 +86,7 @@ class _Npz:
         self._path, self._single = path, single
         self._texts: list[str] = []
         self._pieces: list[str] = []
-        self._starts, self._width = [0], 0
+        self._starts, self._shape = [0], (0,)
 
     def __enter__(self) -> "_Npz":
         self._raw_path = self._path.with_suffix(".raw")
@@ -93,7 +100,7 @@ class _Npz:
         self._texts.append(found.text)
         self._pieces += found.pieces
         self._starts.append(self._starts[-1] + len(vectors_TD))
-        self._width = vectors_TD.shape[1]
+        self._shape = vectors_TD.shape[1:]
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self._raw.close()
@@ -110,7 +117,7 @@ class _Npz:
                 "pieces": np.array(self._pieces, np.str_),
                 "starts": np.array(self._starts, np.int64),
             }
-        shape = (self._starts[-1], self._width)
+        shape = (self._starts[-1], *self._shape)
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         with zipfile.ZipFile(self._path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("vectors.npy", "w", force_zip64=True) as file:
@@ -120,6 +127,33 @@ class _Npz:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+class _Hdf5:
+    """A file with a dataset a text."""
+
+    def __init__(self, path: Path, single: bool) -> None:
+        self._path, self._single = path, single
+        self._names: dict[str, str] = {}
+
+    def __enter__(self) -> "_Hdf5":
+        self._file = h5py.File(self._path, "x")
+        return self
+
+    def add(self, found: Vectors) -> None:
+        """Appends one text."""
+        vectors = np.asarray(found.vectors_TD, "<f4")
+        vectors = vectors[0] if self._single else vectors
+        layers_first = np.moveaxis(vectors, 1, 0) if vectors.ndim == 3 else vectors
+        self._file.create_dataset(str(found.number), data=np.ascontiguousarray(layers_first))
+        self._names[found.text] = str(found.number)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        with self._file as file:
+            if kind is None:
+                names = json.dumps(self._names, ensure_ascii=False)
+                text = h5py.string_dtype("utf-8")
+                file.create_dataset("sentence_to_index", (1,), text, data=[names])
 
 
 def lines_of(path: Path) -> Iterator[str]:

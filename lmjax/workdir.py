@@ -76,7 +76,9 @@ def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None
 
 def check_vocabulary(run: Run, prepared: Prepared) -> None:
     """Raises ValueError if the tokeniser has ids that the model has no rows for."""
-    have, need = run.model.vocab, prepared.tokenizer.vocab
+    tokenizer = prepared.tokenizer
+    # A vocabulary of words has ids that spell the unknown ones; to the model they are one word.
+    have, need = run.model.vocab, getattr(tokenizer, "words", tokenizer.vocab)
     if need > have:
         raise ValueError(
             f"the tokeniser has {need:,} ids but model.vocab={have:,}; set --model.vocab={need}"

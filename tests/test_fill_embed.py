@@ -193,7 +193,7 @@ def test_a_decoder_embeds_as_well(demo, command):
     [
         (("--text=a", "--layer=3"), "--layer=3: from 0"),
         (("--text=a", "--pool=max"), "--pool=max: one of mean, first, words, tokens"),
-        (("--text=a", "--to=out.csv"), "ends in .npz or .jsonl"),
+        (("--text=a", "--to=out.csv"), "ends in .npz, .jsonl, .hdf5"),
         (("--text=a", "--to=nowhere/out.npz"), "no folder nowhere"),
         (("--file=absent.txt",), "absent.txt: cannot be read"),
     ],

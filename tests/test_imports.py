@@ -18,8 +18,9 @@ FLOORS = (
     "tokenizer_base bpe spm",
     "wordpiece",
     "pretokenized",
-    "tokenizer",
     "sentences words",
+    "vocabulary",
+    "tokenizer",
     "units",
     "store_build",
     "store",
@@ -29,8 +30,9 @@ FLOORS = (
     "cpu",
     "attention",
     "layers",
-    "blocks",
-    "encoder",
+    "blocks sparse mix recurrent spelling_cpu word_chunks",
+    "characters encoder sampled",
+    "sampled_loss",
     "models.*",
     "losses",
     "examples.permutation",
@@ -47,13 +49,14 @@ FLOORS = (
     "metrics progress charts report_page",
     "report",
     "evaluator pseudo",
-    "masked_scores",
+    "masked_scores word_scores",
     "evaluate",
     "vectors",
-    "generate fill embed",
-    "convert.hub convert.tf_checkpoint",
+    "generate fill embed word_vectors",
+    "embed_flags",
+    "convert.hub convert.hdf5 convert.tf_checkpoint",
     "convert.encoder_names convert.google convert.tokenizer_files",
-    "convert.encoder_config",
+    "convert.encoder_config convert.elmo_options",
     "convert.*",
     "convert.exchange",
     "sample",
@@ -61,9 +64,9 @@ FLOORS = (
     "__main__",
 )
 HOST_ONLY = (
-    "document text_bytes text_files text bpe spm tokenizer units store data recipe "
+    "document text_bytes text_files text bpe spm vocabulary tokenizer units store data recipe "
     "examples.permutation examples.windows examples.pairs examples.full_sentences "
-    "examples.instances vectors metrics progress charts report_page report"
+    "examples.instances examples.streams vectors metrics progress charts report_page report"
 ).split()
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -169,7 +169,7 @@ def compile_step(run: Run, topology: str, options: dict[str, Any] | None = None)
     """The train step of `run`, as `train` builds it, compiled for a TPU topology."""
     with sharding.use(run.mesh.mesh(devices(topology))):
         optimiser = run.optimiser()
-        state = abstract_state(run.model, optimiser)
+        state = abstract_state(run.model, optimiser, run.batch)
         step = make_train_step(
             run.model, run.loss, optimiser, run.schedule(), run.seed, run.accumulate
         )
@@ -195,6 +195,8 @@ def _no_cache() -> Iterator[None]:
 def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of the run, as its example maker lays it out."""
     maker, rows = run.data.examples, sharding.batch_sharding()
+    if hasattr(maker, "streams"):
+        return _words(run.batch, maker, rows)
     if not hasattr(maker, "masks"):
         names = ("tokens_BL", "targets_BL", "segments_BL", "positions_BL", "weights_BL")
     else:
@@ -212,6 +214,17 @@ def _batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name in names
     }
+
+
+def _words(batch: int, maker: Any, rows: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of both directions' words."""
+    both = (batch, 2, maker.length)
+    dtypes = {"words": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    found = {f"{name}_BXL": (both, dtype) for name, dtype in dtypes.items()}
+    if maker.characters:
+        found["spellings_BXL"] = (both, jnp.int32)
+        found["characters_BXLC"] = ((*both, maker.characters), jnp.int16)
+    return {k: jax.ShapeDtypeStruct(s, d, sharding=rows) for k, (s, d) in found.items()}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -2,7 +2,6 @@
 """Run directories from published weights, and published weights from run directories."""
 
 import contextlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,18 @@ import jax
 
 from lmjax import recipe, sharding
 from lmjax.checkpoint import Checkpoints, load_params, newest_step
+from lmjax.convert.elmo import VOCABULARY, export_elmo, import_elmo, vocabulary_file
 from lmjax.convert.encoders import PARTS, Encoder, export_encoder, import_encoder
 from lmjax.convert.google import google_prefix
 from lmjax.convert.gpt import export_gpt2, import_gpt2
 from lmjax.convert.hub import Info, read_config
 from lmjax.convert.tokenizer_files import published_files, published_spec
+from lmjax.models.elmo import ELMo
 from lmjax.models.gpt import GPT
 from lmjax.run import Run, replace
-from lmjax.step import State, abstract_params, abstract_state, state_from
+from lmjax.step import State, abstract_params, abstract_state, initial_carry, state_from
 from lmjax.tokenizer import load_tokenizer
+from lmjax.vocabulary import read_vocabulary
 from lmjax.workdir import RunLock, record
 
 # Fields that no published folder settles: they are the recipe's.
@@ -37,17 +39,18 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     """
     if newest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already; choose another --workdir")
-    model, params, info = _read(source, run.model)
-    run = _fitted(run, model, source, info)
+    if isinstance(run.model, ELMo):
+        run, words = _with_words(run, source)
+        model, params, info = import_elmo(source, run.model, words, run.seed)
+        run = _fitted_elmo(run, model, info)
+    else:
+        model, params, info = _read(source, run.model)
+        run = _fitted(run, model, source, info)
     workdir.mkdir(parents=True, exist_ok=True)
     with sharding.use(run.mesh.mesh()), contextlib.closing(RunLock(workdir)):
         if getattr(run.data.tokenizer, "path", ""):
             run.data.tokenizer.build(iter(()), workdir / "tokenizer")
-            ids = load_tokenizer(workdir / "tokenizer").vocab
-            if ids > model.vocab:
-                raise ValueError(
-                    f"{source}: the tokeniser has {ids:,} ids, the model {model.vocab:,}"
-                )
+            _check_ids(load_tokenizer(workdir / "tokenizer"), model, source)
         record(run, workdir, about)
         checkpoints = Checkpoints(workdir, recipe.to_json(run), run.keep, print)
         checkpoints.save(0, _first_state(run, params))
@@ -55,6 +58,29 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     for note in info.notes:
         print(f"note: {note}")
     print(f"{source} → {workdir}: {run.parameters():,} parameters")
+
+
+def _check_ids(tokenizer: Any, model: Any, source: Path) -> None:
+    ids = getattr(tokenizer, "words", tokenizer.vocab)
+    if ids > model.vocab:
+        raise ValueError(f"{source}: the tokeniser has {ids:,} ids, the model {model.vocab:,}")
+
+
+def _with_words(run: Run, source: Path) -> tuple[Run, int]:
+    """The recipe with the vocabulary that it names, or else the folder's, and its words; or 0."""
+    spec: Any = run.data.tokenizer
+    path = Path(spec.path).expanduser() if spec.path else vocabulary_file(source)
+    if path is None:
+        return run, 0
+    words = len(read_vocabulary(path))
+    spec = replace(spec, path=str(path.absolute()), size=words)
+    return replace(run, data=replace(run.data, tokenizer=spec)), words
+
+
+def _fitted_elmo(run: Run, model: ELMo, info: Info) -> Run:
+    """The recipe with the folder's model, and words as long as it reads."""
+    examples = replace(run.data.examples, characters=info.characters)
+    return replace(run, model=model, data=replace(run.data, examples=examples))
 
 
 def _read(source: Path, like: Any) -> tuple[GPT | Encoder, Any, Info]:
@@ -105,11 +131,14 @@ def _tokenizer_folder(source: Path) -> Path:
 
 def _first_state(run: Run, params: Any) -> State:
     """Step 0 with these parameters, each array where it rests."""
-    wanted = abstract_state(run.model, run.optimiser())
+    wanted = abstract_state(run.model, run.optimiser(), run.batch)
     rest = jax.tree.map(lambda x: x.sharding, wanted)
     params = jax.device_put(params, rest.params)
-    begin = jax.jit(partial(state_from, run.optimiser()), out_shardings=rest)
-    return begin(params)
+
+    def begin(params: Any) -> State:
+        return state_from(run.optimiser(), params, initial_carry(run.model, run.batch))
+
+    return jax.jit(begin, out_shardings=rest)(params)
 
 
 def export_folder(run: Run, workdir: Path, target: Path) -> None:
@@ -129,6 +158,11 @@ def export_folder(run: Run, workdir: Path, target: Path) -> None:
             export_gpt2(target, run.model, params, files, tokenizer.eot if tokenizer else None)
         elif isinstance(run.model, Encoder):
             export_encoder(target, run.model, params, files, tokenizer and tokenizer.controls)
+        elif isinstance(run.model, ELMo):
+            words = (workdir / "tokenizer" / VOCABULARY) if tokenizer else None
+            longest = run.data.examples.characters
+            export_elmo(target, run.model, params, longest, words and words.read_bytes())
         else:
             raise ValueError(f"a {type(run.model).__name__} has no published format")
-    print(f"step {step:,} of {workdir} → {target}: its logits are those of the checkpoint")
+    same = "layers" if isinstance(run.model, ELMo) else "logits"
+    print(f"step {step:,} of {workdir} → {target}: its {same} are those of the checkpoint")

@@ -39,12 +39,13 @@ class Info:
     """What a folder says beside the model.
 
     model_type: the hub's word for the family. eos: id of the end of text, if named. notes: what was
-    read in another way than the folder says.
+    read in another way than the folder says. characters: the most of a word, if they are read.
     """
 
     model_type: str
     eos: int | None
     notes: tuple[str, ...]
+    characters: int = 0
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -147,7 +148,10 @@ def without_copies(
 
 
 def check_names(
-    tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], folder: Path
+    tensors: Mapping[str, Any],
+    wanted: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    settings: str = "config.json",
 ) -> None:
     """Raises ValueError with every tensor that is missing, extra or of another shape."""
     missing = [name for name in wanted if name not in tensors]
@@ -160,12 +164,13 @@ def check_names(
     found = (("missing", missing), ("extra", extra), ("of another shape", other))
     parts = [f"{word}: {', '.join(names)}" for word, names in found if names]
     if parts:
-        raise ValueError(f"{folder}: the tensors do not fit config.json; {'; '.join(parts)}")
+        raise ValueError(f"{folder}: the tensors do not fit {settings}; {'; '.join(parts)}")
 
 
 def our_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters by their path."""
-    plain = model.clone(kernel="auto")  # another machine's kernel need not run here
+    # Another machine's kernel need not run here.
+    plain = model.clone(kernel="auto") if hasattr(model, "kernel") else model
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract_params(plain), sep="/"))
     return {name: x.shape for name, x in flat.items()}
 
