@@ -55,7 +55,7 @@ class Vocabulary:
     """Words in a file as bilm-tf's: <S>, </S>, <UNK>, then the words, the most frequent first.
 
     size: at most so many lines, the three marks included; ties go by code point.
-    path: such a file to take instead, as it is.
+    path: such a file to take instead; its marks may stand anywhere.
     split: what a word is. "blanks": the text is tokenised, a sentence a line, blanks between the
         words. "words": raw text, cut into sentences, then into words, numbers and signs.
         "chinese": as "words", and each Chinese character is a word.
@@ -81,7 +81,7 @@ class Vocabulary:
     def build(self, train_texts: Iterator[bytes], directory: Path) -> None:
         """Counts (or copies) the words into `directory`."""
         if self.path:
-            words = read_vocabulary(Path(self.path).expanduser())
+            words = list(read_vocabulary(Path(self.path).expanduser()))
         else:
             words = [*MARKS, *_frequent(train_texts, self.split, self.size - len(MARKS))]
         write_tokenizer(
@@ -252,32 +252,46 @@ def _of_marks(length: int) -> np.ndarray:
     return _framed(content, np.arange(2), np.ones(2, np.int64), length)
 
 
-def read_vocabulary(path: Path) -> list[str]:
-    """The words of a file, one a line, without the blanks around them.
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """The words of a file, one a line, without the blanks around them, and their lines from 0.
+
+    In the order of their ids: the marks, wherever they stand, then the words as they follow each
+    other. <UNK> may be missing, as in vocabularies that bilm-tf only embeds with: its line is -1.
 
     Raises:
-      ValueError: names the line that is blank, not UTF-8, there twice, or not the mark it must be.
+      ValueError: names the line that is blank, not UTF-8 or there twice, or the mark that is not.
     """
-    words: dict[str, int] = {}
-    lines = read_bytes(path).removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(lines, 1):
+    lines: dict[str, int] = {}
+    content = read_bytes(path).removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
+    for number, line in enumerate(content.split(b"\n"), 1):
         try:
             word = line.decode().strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}:{error.start + 1}: not UTF-8") from None
-        if number <= len(MARKS) and word != MARKS[number - 1]:
-            raise ValueError(
-                f"{path}:{number}: {word[:40]!r} where {MARKS[number - 1]} must stand: a vocabulary"
-                f" begins with the lines {', '.join(MARKS)}, and then has a word a line"
-            )
         if not word:
             raise ValueError(f"{path}:{number}: a blank line; wanted a word on each")
-        if word in words:
-            raise ValueError(f"{path}:{number}: {word[:40]!r} stands on line {words[word]} already")
-        words[word] = number
-    if len(words) <= len(MARKS):
-        raise ValueError(f"{path}: holds no word after {', '.join(MARKS)}")
-    return list(words)
+        if word in lines:
+            raise ValueError(
+                f"{path}:{number}: {word[:40]!r} stands on line {lines[word] + 1} already"
+            )
+        lines[word] = number - 1
+    found = {mark: _line_of(mark, lines, path) for mark in MARKS} | lines
+    if len(found) == len(MARKS):
+        raise ValueError(f"{path}: holds no word beside {', '.join(MARKS)}")
+    return found
+
+
+def _line_of(mark: str, lines: dict[str, int], path: Path) -> int:
+    if mark in lines:
+        return lines[mark]
+    other = next((word for word in lines if word.upper() == mark), None)
+    if other or mark != MARKS[UNKNOWN]:
+        near = f"; line {lines[other] + 1} is {other}" if other else ""
+        raise ValueError(
+            f"{path}: no line is {mark}{near}: a vocabulary has the lines {', '.join(MARKS)}, and a"
+            " word on each other"
+        )
+    return -1
 
 
 def _frequent(texts: Iterator[bytes], split: Cut, most: int) -> list[str]:

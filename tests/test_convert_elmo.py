@@ -141,7 +141,7 @@ def test_fields_are_those_of_the_options_and_the_rest_the_recipes(tmp_path):
     said = bilm.options(lstm__cell_clip=2.5, lstm__proj_clip=None)
     like = ELMo(vocab=9, cells=99, negatives=17, dropout=0.4, distinct=0.25)
     folder = bilm.write(tmp_path, said, bilm.draw(said))
-    model, _, info = import_elmo(folder, like, words=40)
+    model, _, info = import_elmo(folder, like, rows=range(40))
     assert model == ELMo(
         vocab=40, depth=2, cells=10, width=6, embedding=5, filters=((1, 4), (2, 5), (3, 7)),
         cell_clip=2.5, projection_clip=0.0, negatives=17, dropout=0.4, distinct=0.25,
@@ -149,7 +149,7 @@ def test_fields_are_those_of_the_options_and_the_rest_the_recipes(tmp_path):
     assert info.notes == ("the softmax is new, so perplexity means nothing until it is trained",)
     trained = said | {"dropout": 0.2, "n_negative_samples_batch": 8, "batch_size": 3, "colour": 1}
     (tmp_path / "options.json").write_text(json.dumps(trained | {"bidirectional": True}))
-    model, _, info = import_elmo(tmp_path, like, words=40)
+    model, _, info = import_elmo(tmp_path, like, rows=range(40))
     assert (model.dropout, model.negatives) == (0.2, 8)
     assert "options that are not read: colour" in info.notes[0]
 
@@ -157,11 +157,11 @@ def test_fields_are_those_of_the_options_and_the_rest_the_recipes(tmp_path):
 def test_a_new_softmax_is_drawn_as_a_runs_would_be(tmp_path):
     said = bilm.options()
     folder = bilm.write(tmp_path, said, bilm.draw(said))
-    model, params, _ = import_elmo(folder, words=300, seed=3)
+    model, params, _ = import_elmo(folder, rows=range(300), seed=3)
     fresh = jax.jit(lambda: init_params(model, 3))()["softmax"]
     assert_equal_trees(params["softmax"], jax.device_get(fresh))
     assert params["softmax"]["embedding"].std() > 0.1
-    other = import_elmo(folder, words=300, seed=4)[1]["softmax"]["embedding"]
+    other = import_elmo(folder, rows=range(300), seed=4)[1]["softmax"]["embedding"]
     assert np.abs(other - params["softmax"]["embedding"])[:300].min(1).max() > 0
     rest = {name: x for name, x in params.items() if name != "softmax"}
     assert_equal_trees(rest, {k: x for k, x in import_elmo(folder)[1].items() if k != "softmax"})
@@ -174,7 +174,7 @@ def test_a_model_of_words_has_its_table_in_the_file(tied, tmp_path):
     said |= {"share_embedding_softmax": True} if tied else {}
     weights = bilm.draw(said, words=6)
     folder = bilm.write(tmp_path / "in", said, weights)
-    model, params, _ = import_elmo(folder, words=6)
+    model, params, _ = import_elmo(folder, rows=range(6))
     assert (model.input, model.tied) == ("words", tied)
     table = params["softmax"]["embedding"] if tied else params["words"]["embedding"]
     np.testing.assert_array_equal(table[:6], weights["embedding"])
@@ -191,7 +191,24 @@ def test_a_model_of_words_has_its_table_in_the_file(tied, tmp_path):
     assert again == said
     for words, text in ((0, "no vocabulary"), (7, "7 words")):
         with pytest.raises(ValueError, match=f"has 6 rows, there is {text}; name the file"):
-            import_elmo(folder, words=words)
+            import_elmo(folder, rows=range(words))
+
+
+def test_a_vocabulary_may_have_its_marks_anywhere(tmp_path):
+    said = {"lstm": bilm.options()["lstm"], "n_tokens_vocab": 6}
+    weights = bilm.draw(said, words=6)
+    folder = bilm.write(tmp_path / "in", said, weights)
+    (folder / "vocab.txt").write_text("cat\n</S>\n<S>\nsat\n<UNK>\nthe\n")
+    run = run_in(tmp_path / "run", folder, ("model.input", "words"))
+    with sharding.use(sharding.Layout().mesh()):
+        _, params = load_params(tmp_path / "run", abstract_params(run.model))
+    table = np.asarray(params["words"]["embedding"])
+    np.testing.assert_array_equal(table[:6], weights["embedding"][[2, 1, 4, 0, 3, 5]])
+    words = load_tokenizer(tmp_path / "run" / "tokenizer").spellings
+    assert words == ["<S>", "</S>", "<UNK>", "cat", "sat", "the"]
+    (folder / "vocab.txt").write_text("cat\n</S>\n<S>\nsat\na\nthe\n")
+    with pytest.raises(ValueError, match="`embedding` has no row for <UNK>"):
+        run_in(tmp_path / "unknown", folder)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -220,7 +237,9 @@ def test_a_folder_becomes_a_run_and_a_run_a_folder(tmp_path, capsys):
     with sharding.use(sharding.Layout().mesh()):
         step, params = load_params(tmp_path / "run", abstract_params(run.model))
     assert step == 0
-    assert_equal_trees(jax.device_get(params), import_elmo(source, run.model, 6, run.seed)[1])
+    assert_equal_trees(
+        jax.device_get(params), import_elmo(source, run.model, range(6), run.seed)[1]
+    )
 
     export_folder(run, tmp_path / "run", tmp_path / "out")
     assert "its layers are those of the checkpoint" in capsys.readouterr().out
@@ -238,7 +257,9 @@ def test_the_vocabulary_that_is_named_comes_first_and_none_is_said(tmp_path, cap
     assert run.model.vocab == 3 and not (tmp_path / "none" / "tokenizer").exists()
 
     (source / "vocab.txt").write_text("a\nfile\nof another kind\n")
-    with pytest.raises(ValueError, match="vocab.txt:1: 'a' where <S> must stand"):
+    with pytest.raises(
+        ValueError, match="vocab.txt: no line is <S>: a vocabulary has the lines <S>, </S>, <UNK>"
+    ):
         run_in(tmp_path / "bad", source)
     assert not (tmp_path / "bad").exists()
     (tmp_path / "mine.txt").write_text(VOCABULARY)
@@ -255,6 +276,7 @@ def test_the_originals_fixture_comes_back_to_the_bit(tmp_path):
     for name in ("options.json", "lm_weights.hdf5"):
         (tmp_path / name).write_bytes((bilm.SHARED / name).read_bytes())
     model, params, _ = import_elmo(tmp_path)
+    assert run_in(tmp_path / "run", bilm.SHARED).model.vocab == 449  # <UNK> is added to its words
     assert not model.skip and model.cells == 64
     export_elmo(tmp_path / "out", model, params, 50)
     again, written = bilm.read(tmp_path / "out")

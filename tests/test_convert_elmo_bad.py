@@ -164,8 +164,10 @@ def test_files_that_are_cut_or_none_are_refused(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="lm_weights.hdf5 cannot be read as HDF5"):
             import_elmo(tmp_path)
-    (tmp_path / "other.hdf5").write_bytes(content)
-    with pytest.raises(ValueError, match="one \\*.hdf5 is needed, found lm_weights.hdf5, other"):
+    (tmp_path / "my_weights.hdf5").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="one \\*weights.hdf5 is needed, found lm_weights.hdf5, my_"
+    ):
         import_elmo(tmp_path)
     (tmp_path / "options.json").unlink()
     with pytest.raises(ValueError, match="one \\*options.json is needed, found none"):

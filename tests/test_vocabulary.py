@@ -224,18 +224,29 @@ def test_a_published_vocabulary_is_taken_as_it_is(tmp_path: Path):
     assert tokenizer.encode("the rare").tolist() == [4, 3, 1]
 
 
+def test_marks_come_first_wherever_a_vocabulary_has_them(tmp_path: Path):
+    path = written(tmp_path / "v", b"a\n</S>\nb\n<S>\n<UNK>\n")
+    assert read_vocabulary(Path(path)) == {"<S>": 3, "</S>": 1, "<UNK>": 4, "a": 0, "b": 2}
+    tokenizer = made(tmp_path, path=path)
+    assert tokenizer.spellings == [*MARKS, "a", "b"]
+    assert tokenizer.encode("b a").tolist() == [4, 3, 1]
+    path = written(tmp_path / "w", b"a\n</S>\nb\n<S>\n")
+    assert read_vocabulary(Path(path)) == {"<S>": 3, "</S>": 1, "<UNK>": -1, "a": 0, "b": 2}
+    assert made(tmp_path, path=path).spellings == [*MARKS, "a", "b"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"</S>\n<S>\n<UNK>\na\n", r"v:1: '</S>' where <S> must stand: .* <S>, </S>, <UNK>"),
-        (b"the\nof\n", r"v:1: 'the' where <S> must stand"),
-        (b"<S>\n</S>\n<unk>\na\n", r"v:3: '<unk>' where <UNK> must stand"),
+        (b"the\nof\n", r"v: no line is <S>: a vocabulary has the lines <S>, </S>, <UNK>"),
+        (b"<S>\n</s>\nthe\n", r"v: no line is </S>; line 2 is </s>"),
+        (b"<S>\n</S>\na\n<unk>\n", r"v: no line is <UNK>; line 4 is <unk>"),
         (b"<S>\n</S>\n<UNK>\na\nb\na\n", r"v:6: 'a' stands on line 4 already"),
         (b"<S>\n</S>\n<UNK>\na\n\nb\n", r"v:5: a blank line"),
         (b"<S>\n</S>\n<UNK>\na\n\n", r"v:5: a blank line"),
         (b"<S>\n</S>\n<UNK>\na\nb\xff\n", r"v:5:2: not UTF-8"),
         (b"<S>\n</S>\n<UNK>\n", r"v: holds no word"),
-        (b"", r"v:1: '' where <S> must stand"),
+        (b"", r"v:1: a blank line"),
     ],
 )
 def test_a_bad_vocabulary_is_refused_by_line(tmp_path: Path, content: bytes, message: str):

@@ -9,7 +9,7 @@ above the other. The file has no softmax: the original kept that in its own chec
 Shapes: D width, H cells, F filters of all widths, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ from lmjax.recipe import dump
 from lmjax.step import init_params
 
 WEIGHTS, OPTIONS, VOCABULARY = "lm_weights.hdf5", "options.json", "vocab.txt"
+_TABLE = "embedding"  # a dataset: the words' vectors where they are not spelt
 _MARKS = 3  # <S>, </S> and <UNK>: the rows of a softmax that nobody named words for
 
 
 def import_elmo(
-    folder: Path | str, like: ELMo | None = None, words: int = 0, seed: int = 0
+    folder: Path | str, like: ELMo | None = None, rows: Sequence[int] = (), seed: int = 0
 ) -> tuple[ELMo, Any, Info]:
-    """The model of a folder with one *options.json and one *.hdf5, with a new softmax.
+    """The model of a folder with one *options.json and one *weights.hdf5, with a new softmax.
 
-    like: what the files leave open, as dropout and the negatives of training. words: lines of the
-    vocabulary; 0 if there is none, which is no matter to a model that reads characters. seed: of
-    the softmax.
+    like: what the files leave open, as dropout and the negatives of training. rows: each word's
+    line in the vocabulary (`read_vocabulary`); none if there is no vocabulary, which is no matter
+    to a model that reads characters. seed: of the softmax.
 
     Returns:
       The model, its parameters as float32 numpy arrays in our layout, and what else was said.
@@ -43,22 +44,23 @@ def import_elmo(
       ValueError: a file is missing or damaged; an option is missing, unknown or one that `ELMo`
         cannot express; datasets are missing, extra or of another shape or type.
     """
-    path, weights = _one(Path(folder), "*options.json"), _one(Path(folder), "*.hdf5")
+    folder = Path(folder)
+    path, weights = _one(folder, "*options.json"), _one(folder, "*weights.hdf5", "*.hdf5")
     fields, characters, notes = elmo_options.read(hub.read_object(path), path)
     model = (like or ELMo(vocab=_MARKS)).clone(**fields)
     with hdf5.opened(weights) as datasets:
-        model = model.clone(vocab=_rows(model, datasets, words, weights))
+        model = model.clone(vocab=_vocab(model, datasets, rows, weights))
         flat = {name: np.zeros(shape, np.float32) for name, shape in hub.our_shapes(model).items()}
         layout = _layout(model, flat)
         wanted = {name: _shape(parts) for name, parts in layout.items()}
         hub.check_names(datasets, wanted, weights, path.name)
         for name, found in hdf5.values(datasets, weights):
-            _put(layout[name], found)
+            _put(layout[name], found[np.array(rows)] if name == _TABLE else found)
     for kernel, bias in _identities(model, flat):
         np.fill_diagonal(kernel, 1)
         bias[:] = 0
     flat |= _new_softmax(model, seed)
-    if not words:
+    if not rows:
         notes += ("no vocabulary was given: the model names no words, and only embed is of use",)
     notes += ("the softmax is new, so perplexity means nothing until it is trained",)
     info = Info("elmo", None, notes, characters)
@@ -96,7 +98,8 @@ def export_elmo(
         if vocabulary is not None:
             (temporary / VOCABULARY).write_bytes(vocabulary)
         # Rows of the softmax, which is not there, are only drawn where the input has as many.
-        again, read, _ = import_elmo(temporary, model, model.vocab if model.input == "words" else 0)
+        rows = range(model.vocab if model.input == "words" else 0)
+        again, read, _ = import_elmo(temporary, model, rows)
         assert again.clone(vocab=model.vocab) == model, (again, model)
         found = hub.our_arrays(again, read)
         kept = {name: x for name, x in flat.items() if name not in _softmax(model)}
@@ -116,31 +119,34 @@ def vocabulary_file(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _one(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
+def _one(folder: Path, *patterns: str) -> Path:
+    """The only file of the first pattern that any is of."""
+    found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{folder}: one {pattern} is needed, found {names}")
+        raise ValueError(f"{folder}: one {patterns[0]} is needed, found {names}")
     return found[0]
 
 
-def _rows(model: ELMo, datasets: Mapping[str, Any], words: int, path: Path) -> int:
+def _vocab(model: ELMo, datasets: Mapping[str, Any], rows: Sequence[int], path: Path) -> int:
     """The vocabulary's size, which for words as input the table of the file must have."""
     if model.input == "characters":
-        return words or _MARKS
-    table = datasets.get("embedding")
+        return len(rows) or _MARKS
+    table = datasets.get(_TABLE)
     if table is None or len(table.shape) != 2:
         raise ValueError(
             f"{path}: options.json has no char_cnn, so the words' vectors are needed: a dataset"
-            " `embedding` with a row a word; the file has none"
+            f" `{_TABLE}` with a row a word; the file has none"
         )
-    if words != table.shape[0]:
-        said = f"{words:,} words" if words else "no vocabulary"
+    if -1 in rows:
+        raise ValueError(f"{path}: `{_TABLE}` has no row for <UNK>, which the vocabulary lacks")
+    if len(rows) != table.shape[0]:
+        said = f"{len(rows):,} words" if rows else "no vocabulary"
         raise ValueError(
-            f"{path}: `embedding` has {table.shape[0]:,} rows, there is {said}; name the file of"
+            f"{path}: `{_TABLE}` has {table.shape[0]:,} rows, there is {said}; name the file of"
             " its words by --data.tokenizer.path="
         )
-    return words
+    return len(rows)
 
 
 # A dataset's parts: views of our arrays in its shape, which stand in it one above the other.
@@ -165,7 +171,7 @@ def _layout(model: ELMo, flat: Mapping[str, np.ndarray]) -> dict[str, Parts]:
             found["CNN_proj/b_proj"] = (flat["characters/project/bias"],)
     else:
         table = "softmax/embedding" if model.tied else "words/embedding"
-        found["embedding"] = (flat[table][: model.vocab],)
+        found[_TABLE] = (flat[table][: model.vocab],)
     for x in range(2):
         for n in range(model.depth):
             found |= _cell(model, flat, x, n)

@@ -40,8 +40,8 @@ def import_folder(run: Run, source: Path, workdir: Path, about: dict[str, str]) 
     if newest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already; choose another --workdir")
     if isinstance(run.model, ELMo):
-        run, words = _with_words(run, source)
-        model, params, info = import_elmo(source, run.model, words, run.seed)
+        run, rows = _with_words(run, source)
+        model, params, info = import_elmo(source, run.model, rows, run.seed)
         run = _fitted_elmo(run, model, info)
     else:
         model, params, info = _read(source, run.model)
@@ -66,15 +66,15 @@ def _check_ids(tokenizer: Any, model: Any, source: Path) -> None:
         raise ValueError(f"{source}: the tokeniser has {ids:,} ids, the model {model.vocab:,}")
 
 
-def _with_words(run: Run, source: Path) -> tuple[Run, int]:
-    """The recipe with the vocabulary that it names, or else the folder's, and its words; or 0."""
+def _with_words(run: Run, source: Path) -> tuple[Run, list[int]]:
+    """The recipe with the vocabulary that it names, or else the folder's, and its words' lines."""
     spec: Any = run.data.tokenizer
     path = Path(spec.path).expanduser() if spec.path else vocabulary_file(source)
     if path is None:
-        return run, 0
-    words = len(read_vocabulary(path))
-    spec = replace(spec, path=str(path.absolute()), size=words)
-    return replace(run, data=replace(run.data, tokenizer=spec)), words
+        return run, []
+    rows = list(read_vocabulary(path).values())
+    spec = replace(spec, path=str(path.absolute()), size=len(rows))
+    return replace(run, data=replace(run.data, tokenizer=spec)), rows
 
 
 def _fitted_elmo(run: Run, model: ELMo, info: Info) -> Run:
