@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 DEMO := runs/demo
 
-.PHONY: help setup demo test test-slow lint lock clean
+.PHONY: help setup setup-tpu demo test test-slow lint lock clean
 
 help:
 	@echo "make demo       train, evaluate and sample a small GPT: minutes on 2 cores"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the long ones: whole models through the TPU compiler, convergence"
 	@echo "make lint       ruff and pyright"
 	@echo "make setup      only prepare $(VENV)"
+	@echo "make setup-tpu  the same and libtpu, on a TPU VM"
 	@echo "make lock       pin new versions (needs uv)"
 
 setup: $(VENV)/.ready
@@ -27,6 +28,9 @@ $(VENV)/.ready: requirements.lock
 $(VENV)/.ready-test: $(VENV)/.ready requirements-test.lock
 	$(PIP) --require-hashes -r requirements-test.lock
 	@touch $@
+
+setup-tpu: $(VENV)/.ready
+	$(PIP) --require-hashes -r requirements-tpu.lock
 
 demo: setup
 	$(RUN) -m lmjax train experiments/demo.py --workdir=$(DEMO)
@@ -50,6 +54,8 @@ lock:
 		--no-emit-index-url requirements.txt -o requirements.lock
 	uv pip compile --quiet --universal --python-version=3.11 --generate-hashes --no-header \
 		--no-emit-index-url --extra=test pyproject.toml -c requirements.lock -o requirements-test.lock
+	uv pip compile --quiet --universal --python-version=3.11 --generate-hashes --no-header \
+		--no-emit-index-url --extra=tpu pyproject.toml -c requirements.lock -o requirements-tpu.lock
 
 clean:
 	rm -rf $(VENV) runs
