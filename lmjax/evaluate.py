@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmjax import masked_scores, sharding, word_scores
+from lmjax import hosts, masked_scores, sharding, word_scores
 from lmjax.checkpoint import load_params
 from lmjax.data import Prepared, hold_out, open_prepared
 from lmjax.evaluator import Evaluator
@@ -92,6 +92,8 @@ def evaluate(
                 result["baselines"] = baselines(prepared.tokenizer, score.split, counted)
     name = split or (part if corpus is None else "corpus")
     result |= {"split": name, "step": step}
+    if not hosts.is_first():
+        return result
     write_text(workdir / f"evaluation-{name}.json", dump(result))
     for line in lines(result):
         print(line)

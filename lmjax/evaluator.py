@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax import batches, cpu
+from lmjax import batches, cpu, sharding
 from lmjax.data import Prepared
 from lmjax.recipe import nearest
 from lmjax.run import Run
@@ -43,7 +43,9 @@ class Evaluator:
 
     def _jitted(self, function: Any) -> Callable[[Any, Any], Any]:
         step = make_eval_step(self._model, function)
-        return jax.jit(step, compiler_options=cpu.compiler_options())
+        # Whole on every process.
+        placed = sharding.replicated()
+        return jax.jit(step, out_shardings=placed, compiler_options=cpu.compiler_options())
 
     def _make(self, windows: np.ndarray) -> batches.Arrays:
         """Held-out examples (B, …); those past the end are blank, without weight."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax import cpu, recipe, sharding
+from lmjax import cpu, hosts, recipe, sharding
 from lmjax.batches import batches
 from lmjax.checkpoint import Checkpoints, newest_step
 from lmjax.data import Prepared
@@ -48,18 +48,14 @@ def train(
       ValueError: the recipe, the data or the checkpoint do not fit each other.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(workdir)
+    lock = RunLock(workdir) if hosts.is_first() else contextlib.nullcontext()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
-    with sharding.use(run.mesh.mesh()), contextlib.closing(lock):
+    with lock, sharding.use(run.mesh.mesh()):
         run.plan().check(*run.microbatches())
         if newest_step(workdir) is not None:
             refuse_other_recipe(run, workdir, allow)
-        prepared = run.data.prepare(workdir, Work("tokenising"))
-        check_vocabulary(run, prepared)
-        keep_tokenizer(prepared.tokenizer.directory, workdir)
-        record(run, workdir, about)
-
+        prepared = _prepared(run, workdir, about)
         recorded = recipe.to_json(run)
         checkpoints = Checkpoints(workdir, recorded, run.keep, print)
         state, first = _resume_or_begin(run, checkpoints)
@@ -67,8 +63,22 @@ def train(
             with _Stop() as stop:
                 state = _loop(run, prepared, state, first, workdir, checkpoints, stop, stop_at)
         checkpoints.close()
-    print(f"report: {write_report(workdir)}")
+    if hosts.is_first():
+        print(f"report: {write_report(workdir)}")
     return int(state.step)
+
+
+def _prepared(run: Run, workdir: Path, about: dict[str, str]) -> Prepared:
+    """The data; the first process builds what is not there, and writes down what the run is."""
+    if not hosts.is_first():
+        hosts.wait_for_all("data")
+        return run.data.prepare(workdir)
+    prepared = run.data.prepare(workdir, Work("tokenising"))
+    check_vocabulary(run, prepared)
+    keep_tokenizer(prepared.tokenizer.directory, workdir)
+    record(run, workdir, about)
+    hosts.wait_for_all("data")
+    return prepared
 
 
 def _loop(
@@ -91,7 +101,8 @@ def _loop(
         make(np.arange(1))
     scores = [_evaluator(run, prepared, phase) for phase in phases]
     step_fns = [_jitted_step(run, state, phase) for phase in phases]
-    log = Recorder(run, workdir, first)
+    log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
+    agreed = hosts.Agreement()
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
 
     with contextlib.closing(log), jax.transfer_guard("disallow"):
@@ -102,8 +113,9 @@ def _loop(
             if late is not None:
                 log.step(*late)
             late = (done, metrics)
-            last = done == run.steps or done == stop_at or bool(stop)
-            scoring = not stop and (last or _due(done, run.evaluate_every))
+            stopping = agreed(bool(stop))
+            last = done == run.steps or done == stop_at or stopping
+            scoring = not stopping and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
                 score = scores[phase] if scoring else None
@@ -169,6 +181,17 @@ class Recorder:
         """Flushes and closes."""
         self._bar.close()
         self._writer.close()
+
+
+class Silent:
+    """The recorder of the processes that write nothing."""
+
+    def step(self, step: int, metrics: Any, held_out: Any = None) -> None:
+        """Waits until that step is done, as the recorder does."""
+        jax.block_until_ready(metrics)
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:

@@ -48,6 +48,12 @@ class RunLock:
         self._file.write(f"pid {os.getpid()}")
         self._file.flush()
 
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Lets another process write."""
         self._file.close()

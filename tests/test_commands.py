@@ -16,10 +16,11 @@ from commands import DEMO, ROOT, lmjax, start, tiny, write_text
 
 import lmjax.train as training
 from lmjax import recipe
-from lmjax.__main__ import VERBS, _parse, main
+from lmjax.__main__ import _parse, main
 from lmjax.batches import batches
 from lmjax.metrics import read_metrics
 from lmjax.sharding import Layout
+from lmjax.verbs import VERBS
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from commands import ROOT, write_text
 
 from lmjax import recipe, sharding
 from lmjax.__main__ import main
+from lmjax.data import open_prepared
 from lmjax.metrics import read_metrics
 from lmjax.sharding import Layout, path_of
 from lmjax.step import abstract_state
@@ -46,6 +48,7 @@ PARAMETERS = {
     "ernie_base": 100_477_778,
     "elmo": 93_600_848 + 407_050_623,
     "elmo_small": 13_593_296 + 793_471 * 129,
+    "elmo_cpu": 13_593_296 + 10_000 * 129,
     "elmo_medium": 28_027_728 + 793_471 * 257,
     "elmo_zh": 18_907_136 + 12_288 * 257,
     "gpt1": 116_534_784,
@@ -66,6 +69,7 @@ TOKENS_PER_STEP = {
     **dict.fromkeys((f for f in FILES if f.startswith("elmo")), 3 * 128 * 20),
     **dict.fromkeys((f for f in FILES if f.startswith("bert")), 256 * 128),
     "bert_mini_cpu": 16 * 128,
+    "elmo_cpu": 16 * 20,
 }  # GPT-2: the open recipe's 480 × 1,024
 SOURCE = {
     "bert_base": "Devlin et al. 2018",
@@ -81,6 +85,7 @@ SOURCE = {
     "elmo": "Peters et al. 2018",
     "elmo_small": "elmo.py",
     "elmo_medium": "elmo.py",
+    "elmo_cpu": "elmo_small.py",
     "elmo_zh": "elmo_medium.py",
     "gpt1": "Radford et al. 2018",
     "gpt3_small": "Brown et al. 2020",
@@ -236,6 +241,15 @@ def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("corpus"))
 
 
+def check_layout(name: str, workdir: Path) -> None:
+    """Batches hold what their makers say, which `plan` believes."""
+    train = open_prepared(workdir / "data").store.splits["train"]
+    for maker in recipe.load(file_of(name), tiny=True).makers():
+        batch = maker.train(train, 0, np.arange(2))
+        said = {key: ((2, *shape), np.dtype(kind)) for key, (shape, kind) in maker.arrays().items()}
+        assert {key: (x.shape, x.dtype) for key, x in batch.items()} == said
+
+
 TOYS = different_toys()
 
 
@@ -247,6 +261,7 @@ def test_the_toy_learns_and_is_scored_and_sampled(name, text, tmp_path, capsys):
         assert marks(lines) == pytest.approx(wanted, abs=2e-4)
         assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
         assert [line["step"] for line in lines] == list(range(1, 21))
+        check_layout(name, tmp_path)
 
         place = ("--tiny", f"--workdir={tmp_path}")
         run("evaluate", file_of(name), *place, *(PSEUDO if name.startswith(ENCODERS) else ()))

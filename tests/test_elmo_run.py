@@ -16,6 +16,7 @@ from lmjax.metrics import read_metrics
 from lmjax.step import abstract_state
 
 ELMO = "experiments/elmo.py"
+TOY = Path(__file__).parents[2] / "shared" / "data" / "fixtures" / "elmo_bilm" / "train"
 STEPS = ("--steps=24", "--save_every=4", "--data.examples.shuffle=documents")
 
 
@@ -90,3 +91,24 @@ def test_a_second_phase_is_refused():
 
     with pytest.raises(ValueError, match="phase2: a model that carries its state has one phase"):
         replace(run, phase2=Phase(0.1, run.data.examples))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TOY.is_dir(), reason=f"{TOY} is not here")
+def test_fifty_epochs_of_the_originals_toy_text_bring_its_perplexity_below_twenty(tmp_path):
+    for name in ("learnt", "scored"):
+        (tmp_path / f"{name}.txt").write_bytes((TOY / "data.txt").read_bytes())
+    words = (TOY / "data.txt").read_text().split()
+    batch, length = 2, 10
+    run = (
+        ELMO, "--tiny", f"--workdir={tmp_path / 'run'}", f"--data.corpus=files:{tmp_path}/*.txt",
+        "--data.held_out=scored.txt", "--data.test=0", "--data.tokenizer.split=blanks",
+        f"--data.tokenizer.path={TOY / 'vocab.txt'}", f"--data.examples.length={length}",
+        f"--batch={batch}", f"--steps={50 * (len(words) + 5) // (batch * length)}",
+        "--model.negatives=0", "--model.dropout=0",
+    )  # fmt: skip
+    lmjax("train", *run)
+    lmjax("evaluate", *run, "--split=validation")
+    scores = json.loads((tmp_path / "run" / "evaluation-validation.json").read_text("utf-8"))
+    assert scores["words"] == len(words) + 5
+    assert scores["perplexity"] < 20

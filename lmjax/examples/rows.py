@@ -98,6 +98,22 @@ class Rows:
         """Every instance of one pass over the split, none of them over `length`."""
         raise NotImplementedError
 
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Of each array of a batch: its shape without the rows, and its type."""
+        names = ["tokens_BL", "segments_BL", "masked_BP", "targets_BP", "weights_BP"]
+        names += ["types_BL"] * self.typed + ["positions_BL"] * self.pack
+        names += ["firsts_BC", "pairs_BC", "pair_weights_BC"] * self.paired
+        columns = {"L": self.length, "P": self.masks.slots(self.length), "C": self.sequences}
+        return {
+            name: ((columns[name[-1]],), np.float32 if "weights" in name else np.int32)
+            for name in names
+        }
+
+    @property
+    def sequences(self) -> int:
+        """Slots for the labels of a row's instances."""
+        return SEQUENCES if self.pack else 1
+
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these global indices (B,), as arrays (B, ...)."""
         variants = self._variants(split, seed)
@@ -246,7 +262,7 @@ def _assemble(split: Split, maker: Rows, part: _Part, rows: int) -> dict[str, np
     if maker.pack:
         batch["positions_BL"] = place.put(np.arange(width)[None], 0)
     if maker.paired:
-        batch |= place.pairs(ranges.label_n, SEQUENCES if maker.pack else 1)
+        batch |= place.pairs(ranges.label_n, maker.sequences)
     return batch
 
 

@@ -94,6 +94,16 @@ class Streams:
         """Examples in one pass over the split. Errors: ValueError where it is too short."""
         return self._steps(_indexed(split)) * self.streams
 
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Of each array of a batch: its shape without the rows, and its type."""
+        shape = (2, self.length)
+        found: dict[str, Any] = {"weights_BXL": (shape, np.float32)}
+        found |= dict.fromkeys(("words_BXL", "targets_BXL"), (shape, np.int32))
+        if self.characters:
+            found["spellings_BXL"] = shape, np.int32
+            found["characters_BXLC"] = (*shape, self.characters), np.int16
+        return found
+
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The examples with these global indices (B,), as arrays (B, X, L, ...).
 

@@ -40,6 +40,12 @@ class Windows:
             )
         return len(split.tokens) // self.length
 
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Of each array of a batch: its shape without the rows, and its type."""
+        names = ("tokens_BL", "targets_BL", "segments_BL", "positions_BL")
+        shape = (self.length,)
+        return dict.fromkeys(names, (shape, np.int32)) | {"weights_BL": (shape, np.float32)}
+
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The examples with these global indices (B,), as arrays (B, L)."""
         per_epoch = self.epoch(split)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one run: who they are, by the environment or by three settings.
+
+Before JAX connects them they call the roll over the coordinator's port, because JAX ends a process
+that waits in vain without a word on who was missing.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+_PORT = 8476
+_SETTINGS = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
+_TIMEOUT = "LMJAX_JOIN_SECONDS"
+_RETRY = 0.2
+_HEARTBEAT = 30  # seconds of silence after which a process is taken for dead, and all end
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among `count`; process 0 listens at `address`, a host and a port."""
+
+    address: str
+    count: int
+    index: int
+
+    def __post_init__(self) -> None:
+        host, colon, port = self.address.rpartition(":")
+        if not (colon and host and port.isdigit()):
+            raise ValueError(f"{_SETTINGS[0]}={self.address}: HOST:PORT is needed")
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"{_SETTINGS[2]}={self.index}: from 0 to {self.count - 1} ({_SETTINGS[1]}="
+                f"{self.count})"
+            )
+
+
+def join(env: Mapping[str, str] = os.environ) -> None:
+    """Makes this process one of its run's, if there are several; waits for the others.
+
+    Found by themselves: Slurm, Open MPI, TPU pods of GKE and of Compute Engine. Elsewhere the three
+    settings LMJAX_COORDINATOR (HOST:PORT of process 0), LMJAX_PROCESSES and LMJAX_PROCESS (for an
+    indexed Job of Kubernetes, its index). LMJAX_JOIN_SECONDS is how long to wait (default 300).
+
+    Raises:
+      ValueError: a setting that cannot be, or processes that did not come, by their numbers.
+    """
+    import jax
+
+    seconds = _seconds(env)
+    place = found(env)
+    if place is None:
+        if _on_tpu_vm(env):  # Google's metadata knows the other hosts; JAX asks it
+            jax.distributed.initialize(
+                initialization_timeout=max(1, int(seconds)), heartbeat_timeout_seconds=_HEARTBEAT
+            )
+        return
+    if place.count == 1:
+        return
+    call_the_roll(place, seconds)
+    if env.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        place.address, place.count, place.index,
+        initialization_timeout=max(1, int(seconds)), heartbeat_timeout_seconds=_HEARTBEAT,
+    )  # fmt: skip
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for the run."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the run has come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+class Agreement:
+    """A yes of any process that all of them learn of at the same call, without waiting for it.
+
+    Each call starts to ask and answers with what was asked at the call before. One process alone
+    answers at once.
+    """
+
+    def __init__(self) -> None:
+        self._late: Any = None
+
+    def __call__(self, mine: bool) -> bool:
+        import jax
+
+        if jax.process_count() == 1:
+            return mine
+        late, self._late = self._late, _any(mine)
+        with jax.transfer_guard("allow"):
+            return late is not None and bool(late)
+
+
+def _any(mine: bool) -> Any:
+    """A replicated flag: whether any process says yes; computed on the devices."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    spread, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
+    with jax.transfer_guard("allow"):
+        flags = jax.make_array_from_callback(
+            (mesh.size,), spread, lambda index: np.full(1, mine, np.int32)
+        )
+        return _largest(whole)(flags)
+
+
+@cache
+def _largest(placed: Any) -> Any:
+    import jax
+
+    return jax.jit(lambda flags: flags.max(), out_shardings=placed)
+
+
+def found(env: Mapping[str, str]) -> Place | None:
+    """This process's place by the environment; None where it says nothing."""
+    if any(name in env for name in _SETTINGS[:2]):
+        return _by_settings(env)
+    if all(f"SLURM_{name}" in env for name in ("STEP_NODELIST", "NTASKS", "PROCID", "JOB_ID")):
+        port = 61440 + _number(env, "SLURM_JOB_ID") % 4096
+        address = f"{_first_node(env['SLURM_STEP_NODELIST'])}:{port}"
+        return Place(address, _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID"))
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return _by_open_mpi(env)
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if len(hosts) > 1 and "TPU_WORKER_ID" in env:
+        return Place(f"{hosts[0]}:{_PORT}", len(hosts), _number(env, "TPU_WORKER_ID"))
+    return None
+
+
+def _by_settings(env: Mapping[str, str]) -> Place:
+    index = "LMJAX_PROCESS" if "LMJAX_PROCESS" in env else "JOB_COMPLETION_INDEX"
+    missing = [name for name in (*_SETTINGS[:2], index) if name not in env]
+    if missing:
+        names = ", ".join("LMJAX_PROCESS" if n == "JOB_COMPLETION_INDEX" else n for n in missing)
+        raise ValueError(f"{names} must be set as well: {', '.join(_SETTINGS)} go together")
+    return Place(env["LMJAX_COORDINATOR"], _number(env, "LMJAX_PROCESSES"), _number(env, index))
+
+
+def _by_open_mpi(env: Mapping[str, str]) -> Place:
+    count = _number(env, "OMPI_COMM_WORLD_SIZE")
+    uri = env.get("OMPI_MCA_orte_hnp_uri", "") or env.get("PMIX_SERVER_URI2", "")
+    host = re.search(r"tcp://([0-9.]+)", uri)
+    if host is None and count > 1:
+        raise ValueError(
+            f"Open MPI started {count} processes, but does not say where process 0 is; pass"
+            f" -x {_SETTINGS[0]}=HOST:PORT -x {_SETTINGS[1]}={count} and set {_SETTINGS[2]}"
+        )
+    address = f"{host[1] if host else 'localhost'}:{61440 + _digits(uri) % 4096}"
+    return Place(address, count, _number(env, "OMPI_COMM_WORLD_RANK"))
+
+
+def _digits(text: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(text.split(";")[0]))
+
+
+def _first_node(nodes: str) -> str:
+    """node001 of node[001-015],host2."""
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    if not first:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r}: no node in it")
+    return first[1] + (first[2] or "")
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise ValueError(f"{name}={env.get(name)!r}: a whole number is needed") from None
+
+
+def _seconds(env: Mapping[str, str]) -> float:
+    try:
+        seconds = float(env.get(_TIMEOUT, "300"))
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"{_TIMEOUT}={env[_TIMEOUT]!r}: seconds above 0")
+    return seconds
+
+
+def _on_tpu_vm(env: Mapping[str, str]) -> bool:
+    """Whether this is a host of Compute Engine with TPUs that are to be used."""
+    if env.get("JAX_PLATFORMS", "") not in ("", "tpu"):
+        return False
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def call_the_roll(place: Place, seconds: float) -> None:
+    """Returns when all processes are there.
+
+    Raises:
+      ValueError: some were not, after so long; names them.
+    """
+    (_answer if place.index == 0 else _report)(place, time.monotonic() + seconds, seconds)
+
+
+def _answer(place: Place, deadline: float, seconds: float) -> None:
+    """Process 0: waits for each of the others, then tells all of them who is there."""
+    here = {0: socket.gethostname()}
+    with contextlib.ExitStack() as stack, _listening(place.address) as server:
+        others = []
+        while len(here) < place.count and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                other = stack.enter_context(server.accept()[0])
+                other.settimeout(5)
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                    said = json.loads(other.makefile("rb").readline(4096))
+                    if int(said["count"]) == place.count:
+                        here[int(said["index"])] = str(said["host"])[:200]
+                        others.append(other)
+        missing = [i for i in range(place.count) if i not in here]
+        for other in others:
+            with contextlib.suppress(OSError):
+                other.sendall(json.dumps({"missing": missing}).encode() + b"\n")
+    if missing:
+        raise _absent(place, missing, here, seconds)
+
+
+@contextlib.contextmanager
+def _listening(address: str) -> Iterator[socket.socket]:
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    local = host in ("127.0.0.1", "localhost", "::1")
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((host if local else "", int(port)))
+        except OSError as error:
+            raise ValueError(f"process 0 cannot listen at {address}: {error.strerror}") from None
+        server.listen(1024)
+        yield server
+
+
+def _report(place: Place, deadline: float, seconds: float) -> None:
+    """The others: say that they are here until process 0 has heard of all."""
+    host, _, port = place.address.rpartition(":")
+    mine = {"index": place.index, "count": place.count, "host": socket.gethostname()}
+    reached = False
+    while (left := deadline + 5 - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, int(port)), timeout=left) as server:
+                server.sendall(json.dumps(mine).encode() + b"\n")
+                reached = True
+                said = json.loads(server.makefile("rb").readline(1 << 20))
+        except (OSError, ValueError):  # nobody there yet, or gone
+            if reached:
+                break
+            time.sleep(_RETRY)
+            continue
+        if said["missing"]:
+            raise _absent(place, said["missing"], {}, seconds)
+        return
+    gone = "left without an answer" if reached else "did not answer"
+    raise ValueError(
+        f"process {place.index} of {place.count} waited {seconds:g} s for process 0 at"
+        f" {place.address}, which {gone}; is it started?"
+    )
+
+
+def _absent(place: Place, missing: list[int], here: dict[int, str], seconds: float) -> ValueError:
+    names = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+    there = ", ".join(f"{i} ({host})" for i, host in sorted(here.items())[:20])
+    return ValueError(
+        f"{place.count - len(missing)} of {place.count} processes started within {seconds:g} s;"
+        f" missing: {names}" + (f"; here: {there}" if there else "")
+    )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TPU generations, and the topologies that they come in, to compile for."""
+
+import functools
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+# Read when libtpu loads, which the first topology makes happen: there is no metadata server to
+# wait for, and several processes compile at once.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+from jax.experimental import topologies  # noqa: E402
+
+from lmjax.text_files import nearest  # noqa: E402
+
+MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]' (x86 Linux)"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A generation, by Google's documentation where nothing else is said.
+
+    Args:
+      flops: bfloat16 per second at the peak.
+      memory: bytes of a device that a program may use, as the compiler says.
+      hbm: bytes per second of a chip's memory.
+      link: bytes per second one way through one of the links between neighbours.
+      wraps: sizes of a torus axis from which its ends are linked, and by which it then divides.
+      clock: cycles per second that turn the compiler's cycles into seconds.
+      devices: JAX devices of a chip.
+      price: dollars per chip and hour on demand; lists change, so `--price` replaces it.
+      options: what describes the topology beside its name.
+    """
+
+    flops: float
+    memory: int
+    hbm: float
+    link: float
+    wraps: int
+    clock: float
+    devices: int = 1
+    price: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_GIB = 2**30
+_MEGACORE = (("chip_config_name", "megacore"),)  # both cores of a chip as one device
+CHIPS = {
+    "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 4.5e10, 4, 1.05e9, 1, 3.22, _MEGACORE),
+    "v5e": Chip(197e12, int(15.75 * _GIB), 0.82e12, 4.5e10, 16, 1.5e9, 1, 1.20),
+    "v5p": Chip(459e12, int(95.74 * _GIB), 2.765e12, 9e10, 4, 1.75e9, 1, 4.20),
+    "v6e": Chip(918e12, int(31.25 * _GIB), 1.6e12, 9e10, 16, 1.75e9, 1, 2.70),
+    "tpu7x": Chip(2307e12, int(94.75 * _GIB), 7.38e12, 9e10, 4, 1.9e9, 2),
+}
+_FORM = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
+
+
+def installed() -> bool:
+    """Whether libtpu, the package with the compiler, is here."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def split_name(topology: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the shape of the torus of a name as "v5e:4x4".
+
+    Raises:
+      ValueError: a name of another form, or of a chip that is not in the table.
+    """
+    found = _FORM.fullmatch(topology)
+    if not found:
+        raise ValueError(
+            f"--topology={topology}: CHIP:SHAPE is needed, as v5e:4x4 or v5p:2x2x2"
+            f" (chips: {', '.join(CHIPS)})"
+        )
+    if found[1] not in CHIPS:
+        raise ValueError(
+            f"--topology={topology}: no chip {found[1]!r}; one of {', '.join(CHIPS)};"
+            f" did you mean {nearest(found[1], CHIPS)!r}?"
+        )
+    shape = tuple(int(n) for n in found[2].split("x"))
+    if 0 in shape:
+        raise ValueError(f"--topology={topology}: sizes are at least 1")
+    return CHIPS[found[1]], shape
+
+
+@functools.cache
+def devices(topology: str) -> list[Any]:
+    """The devices of a topology, good for compiling only.
+
+    Raises:
+      ValueError: as `split_name`; or the compiler is not installed or does not know this shape.
+    """
+    chip, shape = split_name(topology)
+    if not installed():
+        raise ValueError(MISSING)
+    options = dict(chip.options)
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:  # of XLA: no class of its own
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"--topology={topology}: the compiler has none ({first})") from None
+    return list(described.devices)

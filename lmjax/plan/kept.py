@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans that were made before: a folder of the user's, a file a compilation."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lmjax.recipe import dump
+
+_LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def folder() -> Path:
+    """Where they are; private to the user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(base) / "lmjax" / "plan"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def key(*parts: Any) -> str:
+    """A name for what a compilation depends on: `parts`, the libraries, and our own source."""
+    versions = {name: _version(name) for name in _LIBRARIES}
+    return hashlib.sha256(dump([_source(), versions, *parts]).encode()).hexdigest()
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """What was kept under a name, if it can be read."""
+    try:
+        return json.loads((folder() / f"{name}.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write(name: str, found: dict[str, Any]) -> None:
+    """Keeps it; a cache that cannot be written is none."""
+    try:
+        path = folder() / f"{name}.json"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(found), "utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        pass
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _source() -> str:
+    """A hash of every file of the package."""
+    package = Path(__file__).parent.parent
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(str(path.relative_to(package)).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit, speed and price of a recipe on TPUs that nobody has rented yet.
+
+Each answer says what it rests on: "compiler" is exact, or adds up what the compiler estimates;
+"roofline" divides by the peaks of the chip; "line" goes through two compilations.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmjax.plan import chips, kept
+from lmjax.plan.predict import Times, roofline, times
+
+from lmjax.plan.program import Program, TooLarge, compile_step  # isort: skip
+
+import jax
+import numpy as np
+
+from lmjax import recipe, sharding
+from lmjax.run import Run, replace
+from lmjax.sharding import Layout
+
+Say = Callable[[str], None]
+Result = dict[str, Any]
+
+
+def plan(
+    run: Run, topology: str, price: float | None = None, largest: bool = True, say: Say = print
+) -> Result:
+    """What `train` would need and take on a topology; compiles each phase, and once more smaller.
+
+    Args:
+      price: dollars per chip and hour; default: the table's, which is a list price.
+      largest: also find the largest batch that fits, for one more compilation.
+      say: told before each compilation, which takes minutes.
+
+    Raises:
+      ValueError: the topology, or a mesh or batch that it cannot have.
+    """
+    chip, torus = chips.split_name(topology)
+    count = len(chips.devices(topology))
+    on_it = replace(run, mesh=_whole(run.mesh, count))
+    phases = [_phase(on_it, topology, phase, say) for phase in range(len(run.makers()))]
+    first = phases[0]
+    result = {
+        "topology": topology,
+        "chips": math.prod(torus),
+        "devices": count,
+        "mesh": {name: getattr(on_it.mesh, name) for name in sharding.AXES},
+        "batch": run.batch,
+        "accumulate": run.accumulate,
+        "remat": getattr(run.model, "remat", None),
+        "hbm_bytes": chip.memory,
+        **first,
+        "fits": all(phase["fits"] for phase in phases),
+        "peak_hbm_bytes": max(phase["peak_hbm_bytes"] for phase in phases),
+    }
+    if len(phases) > 1:
+        result["phases"] = phases
+    if largest:
+        result |= _largest(on_it, topology, first, chip.memory, say)
+    return result | _cost(run, phases, math.prod(torus), chip.price if price is None else price)
+
+
+def _whole(layout: Layout, count: int) -> Layout:
+    """The mesh with its -1 put in numbers. Errors: ValueError where it does not fit `count`."""
+    sizes = [getattr(layout, name) for name in sharding.AXES]
+    known = math.prod(n for n in sizes if n != -1)
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count:
+        named = " × ".join(f"{a}={n}" for a, n in zip(sharding.AXES, sizes, strict=True))
+        raise ValueError(f"mesh {named} does not fit {count} devices; choose other --mesh keys")
+    return Layout(*sizes)
+
+
+def _phase(run: Run, topology: str, phase: int, say: Say) -> Result:
+    """One phase of a run on one topology, kept for the next time."""
+    key = kept.key(recipe.to_json(run), topology, phase)
+    if (found := kept.read(key)) is not None:
+        return found
+    rows = run.batch_sizes()[phase]
+    say(f"compiling for {topology}, batch {rows:,} × {run.makers()[phase].length} …")
+    found = _compiled(run, topology, phase)
+    kept.write(key, found)
+    return found
+
+
+def _compiled(run: Run, topology: str, phase: int) -> Result:
+    chip, _ = chips.split_name(topology)
+    found: Result = {"examples_length": run.makers()[phase].length}
+    try:
+        program = compile_step(run, topology, phase)
+    except TooLarge as error:
+        return found | {
+            "fits": False,
+            "peak_hbm_bytes": error.needed,
+            "memory_from": "compiler",
+            **dict.fromkeys(("step_seconds", "mfu", "tokens_per_second")),
+        }
+    return found | _memory(program, chip) | _speed(run, program, phase)
+
+
+def _memory(program: Program, chip: chips.Chip) -> Result:
+    """Bytes of one device."""
+    state, m = program.state, program.memory
+    parameters, optimiser = _resting(state.params), _resting((state.opt_state, state.carry))
+    return {
+        "fits": program.peak_bytes <= chip.memory,
+        "peak_hbm_bytes": program.peak_bytes,
+        "memory_from": "compiler",
+        "parameters_bytes": parameters,
+        "optimizer_bytes": optimiser,
+        "batch_and_padding_bytes": max(0, m.argument_size_in_bytes - parameters - optimiser),
+        "temporaries_bytes": m.temp_size_in_bytes,
+        "compile_seconds": round(program.seconds, 1),
+    }
+
+
+def _resting(tree: Any) -> int:
+    """Bytes of a device's parts of arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _speed(run: Run, program: Program, phase: int) -> Result:
+    chip, torus = chips.split_name(program.topology)
+    tokens = run.batch_sizes()[phase] * run.makers()[phase].length
+    flops = run.model.flops_per_token(run.makers()[phase].length) * tokens / math.prod(torus)
+    if program.text:
+        found: Times = times(program, causal=not hasattr(run.makers()[phase], "masks"))
+        low, step, high = found.low, found.step, found.high
+        parts = {
+            "step_from": "compiler",
+            "compute_seconds": found.compute,
+            "kernel_seconds": found.kernels,
+            "transfer_seconds": sum(found.transfers.values()),
+            "collectives": _collectives(program),
+        }
+    else:  # the compiler could not write the program down
+        low, high = roofline(flops, program.peak_bytes, chip)
+        step, parts = math.sqrt(low * high), {"step_from": "roofline"}
+    return {
+        "step_seconds": step,
+        "step_seconds_low": low,
+        "step_seconds_high": high,
+        **parts,
+        "mfu": flops / (step * chip.flops),
+        "tokens_per_second": tokens / step,
+    }
+
+
+def _collectives(program: Program) -> list[Result]:
+    """By kind and axes: how many a step, and bytes at full size."""
+    found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for c in program.collectives():
+        if c.devices > 1:
+            sums = found.setdefault((c.kind, c.axes), [0, 0])
+            sums[0] += c.times
+            sums[1] += c.times * c.bytes
+    return [
+        {"kind": kind, "axes": list(axes), "count": count, "bytes": size}
+        for (kind, axes), (count, size) in sorted(found.items())
+    ]
+
+
+def _largest(run: Run, topology: str, first: Result, memory: int, say: Say) -> Result:
+    """The largest batch that fits, on a line through two batches' peaks."""
+    unit = run.mesh.data * run.mesh.fsdp * run.accumulate
+    known = {run.batch: first}
+    while len(known) < 2 or not any(found["fits"] for found in known.values()):
+        smaller = min(known) // 2 // unit * unit
+        other = smaller or (max(known) + unit if first["fits"] else 0)
+        if not other or other in known:
+            return {"largest_batch": None, "largest_batch_from": "line"}
+        known[other] = _phase(replace(run, batch=other), topology, 0, say)
+    (less, low), (more, high) = sorted(known.items())[-2:]
+    slope = (high["peak_hbm_bytes"] - low["peak_hbm_bytes"]) / (more - less)
+    if slope <= 0:
+        return {"largest_batch": None, "largest_batch_from": "line"}
+    most = less + (memory - low["peak_hbm_bytes"]) / slope
+    return {
+        "largest_batch": int(most // unit * unit),
+        "largest_batch_from": "line",
+        "activations_bytes": int(slope * run.batch),
+    }
+
+
+def _cost(run: Run, phases: Sequence[Result], count: int, price: float | None) -> Result:
+    """Hours and dollars of the whole run; a batch that grows is paid by its tokens."""
+    if any(phase["step_seconds"] is None for phase in phases):
+        return {"hours": None, "cost": None, "price_per_chip_hour": price}
+    tokens = [0, 0]
+    steps = [*(stage.first_step for stage in run.plan().stages[1:]), run.steps]
+    for stage, end in zip(run.plan().stages, steps, strict=True):
+        tokens[stage.phase] += (end - stage.first_step) * stage.size * stage.example_tokens
+    rates = [phase["tokens_per_second"] for phase in phases]
+    hours = sum(n / rate for n, rate in zip(tokens, rates, strict=False)) / 3600
+    return {
+        "hours": hours,
+        "cost": None if price is None else hours * count * price,
+        "price_per_chip_hour": price,
+    }

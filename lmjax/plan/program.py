@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the real train step of a recipe with the real TPU compiler, on a machine without a TPU.
+
+libtpu compiles for a topology that is only named. What it answers exactly: memory, aliasing, and
+the operations and collectives of the program. Its cycle estimates rank variants of one program;
+they leave out kernels (Mosaic) and the time on the wires, and are no measured speed.
+"""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lmjax.plan import chips, hlo  # first: it sets what libtpu reads  # isort: skip
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from lmjax import sharding
+from lmjax.plan.hlo import Collective, Op
+from lmjax.run import Run
+from lmjax.step import State, abstract_state, jit_train_step, make_train_step
+
+
+class TooLarge(Exception):
+    """The compiler found no room: `needed` and `available` bytes of a device's memory."""
+
+    def __init__(self, needed: int, available: int) -> None:
+        super().__init__(f"{needed:,} bytes needed, {available:,} available")
+        self.needed, self.available = needed, available
+
+
+class Program:
+    """A compiled train step: what it keeps in memory, computes and sends.
+
+    Attributes:
+      mesh: the axes and their sizes.
+      state: shapes and shardings of the state before and after.
+      text: the program, or "" where the compiler cannot write it down.
+    """
+
+    def __init__(self, compiled: Any, topology: str, state: State, seconds: float) -> None:
+        self.memory, self.state, self.seconds = compiled.memory_analysis(), state, seconds
+        self.topology = topology
+        self.mesh = {axis: sharding.axis_size(axis) for axis in sharding.AXES}
+        try:
+            self.text = compiled.as_text()
+        except Exception:  # libtpu fails its own check on some programs for v6e
+            self.text = ""
+        ops = hlo.operations(self.text) if self.text else []
+        self.ops = [op for op in ops if not op.fused]
+        self._collectives = hlo.collectives(ops, self.mesh)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results that are not arguments, and temporaries: all that a device holds."""
+        m = self.memory
+        total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        return total + m.temp_size_in_bytes
+
+    @property
+    def compute_seconds(self) -> float:
+        """Estimated time of a step without kernels and transfers."""
+        return hlo.cycles(self.ops) / chips.split_name(self.topology)[0].clock
+
+    def kernels(self) -> list[Op]:
+        """Mosaic kernels, such as splash attention."""
+        return [op for op in self.ops if 'custom_call_target="tpu_custom_call"' in op.text]
+
+    def collectives(self, kind: str = "") -> list[Collective]:
+        """Everything that devices send each other, or one kind of it."""
+        return [c for c in self._collectives if c.kind.startswith(kind)]
+
+    def buffers(self, dtype: str) -> set[tuple[int, ...]]:
+        """Dimensions of all results of one dtype that lie in memory."""
+        return {dims for op in self.ops for found, dims in op.shapes if found == dtype}
+
+
+def compile_step(
+    run: Run, topology: str, phase: int = 0, options: dict[str, Any] | None = None
+) -> Program:
+    """The train step of a phase of `run`, as `train` builds it, for a TPU topology.
+
+    Raises:
+      ValueError: the topology, or the mesh and batch on it.
+      TooLarge: it does not fit.
+    """
+    with sharding.use(run.mesh.mesh(chips.devices(topology))):
+        run.plan().check(*run.microbatches())
+        rows = run.batch_sizes()[phase]
+        state = abstract_state(run.model, run.optimiser(), rows)
+        step = make_train_step(
+            run.model, run.loss, run.optimiser(), run.schedule(), run.seed,
+            run.microbatches()[phase],
+        )  # fmt: skip
+        lowered = jit_train_step(step, state).lower(state, batch_shapes(run, phase))
+        began = time.monotonic()
+        with _no_cache():
+            program = compiled(lowered, options)
+        return Program(program, topology, state, time.monotonic() - began)
+
+
+def batch_shapes(run: Run, phase: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of a phase, as its example maker lays it out, placed on the mesh in use."""
+    rows, placed = run.batch_sizes()[phase], sharding.batch_sharding()
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
+        for name, (shape, dtype) in run.makers()[phase].arrays().items()
+    }
+
+
+# How the compiler says so: of everything, or of what a program needs beside its arguments.
+_NO_ROOM = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compiled(lowered: Any, options: dict[str, Any] | None) -> Any:
+    """`lowered`, compiled. Errors: TooLarge where the compiler finds no room."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        found = next(filter(None, (re.search(form, str(error)) for form in _NO_ROOM)), None)
+        if not found:
+            raise
+        needed, available = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+        raise TooLarge(needed, available) from None
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """Without JAX's compilation cache, whose programs need a device to be read back."""
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()

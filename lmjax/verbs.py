@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each verb of the command line is: its flags, and what it does with them and the recipe."""
+
+import argparse
+import contextlib
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmjax import hosts, recipe
+
+Assignments = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it does, its own flags, and a function (arguments, recipe keys) → None."""
+
+    summary: str
+    example: str
+    act: Callable[[argparse.Namespace, Assignments], None]
+    flags: Callable[[argparse.ArgumentParser], None]
+
+
+def _workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
+
+
+def _folder(key: str, text: str) -> Path:
+    from lmjax.data import local_folder
+
+    return local_folder(key, text)
+
+
+def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
+    run = recipe.load(arguments.experiment, arguments.tiny)
+    _check_flags(arguments, keys, run)
+    return recipe.override(run, keys)
+
+
+def _check_flags(arguments: argparse.Namespace, keys: Assignments, run: Any) -> None:
+    """Raises ValueError for a key that looks more like a flag of the verb than like a key."""
+    names = [f.name for f in recipe.fields(run)]
+    typed = {"source": "from", "target": "to"}  # `from` is no name in Python
+    flags = [typed.get(n, n) for n in vars(arguments) if n not in ("verb", "experiment")]
+    for key, _ in keys:
+        near = recipe.nearest(key, [*names, *flags])
+        if key not in names and near in flags:
+            raise ValueError(f"unknown key --{key}; did you mean --{near}?")
+
+
+def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
+    """The experiment as the run directory recorded it, then the keys that were typed."""
+    from lmjax.workdir import recorded_run
+
+    run = recipe.load(arguments.experiment, arguments.tiny)
+    _check_flags(arguments, keys, run)
+    recorded = recorded_run(_folder("workdir", arguments.workdir))
+    for part in ("model", "loss"):
+        mine = recipe.to_json(getattr(run, part))
+        kind = mine.get("class", mine.get("function"))
+        theirs = recorded[part].get("class", recorded[part].get("function"))
+        if kind != theirs:
+            raise ValueError(
+                f"{arguments.workdir} holds a run with {part} {theirs}, "
+                f"{arguments.experiment} has {kind}: another experiment file"
+            )
+    return recipe.override(recipe.from_json(run, recorded), keys)
+
+
+def _about(arguments: argparse.Namespace) -> dict[str, str]:
+    bound = runpy.run_path(arguments.experiment)
+    name = Path(arguments.experiment).stem + (" (tiny)" if arguments.tiny else "")
+    return {"name": name, "description": (bound.get("__doc__") or "").strip()}
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes only the first is heard."""
+    if hosts.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument(
+        "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
+    )
+
+
+def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    hosts.join()
+    from lmjax.progress import Unbreakable
+    from lmjax.train import train
+
+    allow = tuple(k for k in arguments.allow.split(",") if k)
+    # A run goes on when nobody reads its output any more.
+    with contextlib.redirect_stdout(Unbreakable(sys.stdout)), _one_voice():
+        train(run, _folder("workdir", arguments.workdir), _about(arguments), allow)
+
+
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("--split", default="", help="default: test, or validation without one")
+    about = "encoders: tokens to mask one at a time, at most (default %(default)s)"
+    parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=about)
+
+
+def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    hosts.join()
+    from lmjax.evaluate import evaluate
+
+    other = any(key.startswith("data.corpus") for key, _ in keys)
+    corpus = run.data.corpus if other else None
+    workdir = _folder("workdir", arguments.workdir)
+    with _one_voice():
+        evaluate(run, workdir, arguments.split, corpus, arguments.pseudo)
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    add = parser.add_argument
+    add("--prompt", default="", help="text to go on from")
+    add("--tokens", type=int, default=200, help="how many tokens at most (default %(default)s)")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--beams", type=int, default=1, help="beam search with that many beams")
+    add("--temperature", type=float, default=1.0, help="flattens (>1) or sharpens (<1)")
+    add("--top_k", type=int, default=0, help="draw among the k likeliest only; 0 is all")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest that hold this mass")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--seed", type=int, default=0, help="of the draws")
+
+
+def _check_text(flag: str, text: str) -> None:
+    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds such bytes
+        raise ValueError(f"--{flag}={ascii(text)}: not valid UTF-8")
+
+
+def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
+    _check_text("prompt", arguments.prompt)
+    run = _load_recorded(arguments, keys)
+    from lmjax.generate import Sampling
+    from lmjax.sample import sample
+
+    how = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        greedy=arguments.greedy,
+        seed=arguments.seed,
+    )
+    sample(
+        run, _folder("workdir", arguments.workdir), arguments.prompt, how,
+        tokens=arguments.tokens, beams=arguments.beams, stop=arguments.stop,
+    )  # fmt: skip
+
+
+def _fill_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("--text", required=True, help="a text with [MASK] where words are wanted")
+    parser.add_argument("--top", type=int, default=5, help="words a mask (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
+    _check_text("text", arguments.text)
+    run = _load_recorded(arguments, keys)
+    from lmjax.fill import fill
+
+    fill(run, _folder("workdir", arguments.workdir), arguments.text, arguments.top, arguments.json)
+
+
+def _embed_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    from lmjax.embed_flags import add_flags
+
+    add_flags(parser)
+
+
+def _embed(arguments: argparse.Namespace, keys: Assignments) -> None:
+    _check_text("text", arguments.text or "")
+    run = _load_recorded(arguments, keys)
+    from lmjax.embed_flags import embed_by_flags
+    from lmjax.vectors import lines_of
+
+    texts = [arguments.text] if arguments.file is None else lines_of(Path(arguments.file))
+    target = Path(arguments.target) if arguments.target else None
+    workdir = _folder("workdir", arguments.workdir)
+    count = embed_by_flags(run, workdir, texts, target, arguments)
+    if target:
+        print(f"{count:,} texts → {target}")
+
+
+def _describe_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    from lmjax.run import describe
+
+    resolved, summary = recipe.to_json(run), describe(run)
+    if not arguments.json:
+        print(_about(arguments)["description"] + "\n")
+        for key, value in recipe.flatten(resolved):
+            if not key.endswith(("class", "function")):
+                print(f"--{key}={value}")
+        print()
+        width = max(16, *map(len, summary))
+        for key, value in summary.items():
+            print(f"{key:>{width}}  {value:,}")
+    print(json.dumps({**summary, "run": resolved}, ensure_ascii=False))
+
+
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FOLDER",
+        help="a hub folder, Google's or bilm-tf's",
+    )
+
+
+def _import(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    from lmjax.convert.exchange import import_folder
+
+    import_folder(
+        run,
+        _folder("from", arguments.source),
+        _folder("workdir", arguments.workdir),
+        _about(arguments),
+    )
+
+
+def _export_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("--to", dest="target", required=True, metavar="FOLDER", help="a new folder")
+
+
+def _export(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    from lmjax.convert.exchange import export_folder
+
+    export_folder(run, _folder("workdir", arguments.workdir), _folder("to", arguments.target))
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    from lmjax.plan.flags import add_flags
+
+    add_flags(parser)
+
+
+def _plan(arguments: argparse.Namespace, keys: Assignments) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever is here, nothing is asked of it
+    run = _load(arguments, keys)
+    from lmjax.plan.flags import plan_by_flags
+
+    plan_by_flags(run, arguments)
+
+
+_EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "
+VERBS = {
+    "train": Verb(
+        "Trains, resuming by itself what DIR holds.",
+        _EXAMPLE.format("train") + "--tiny --workdir=runs/tiny --steps=50",
+        _train,
+        _train_flags,
+    ),
+    "evaluate": Verb(
+        "Scores the newest checkpoint on a held-out split.",
+        _EXAMPLE.format("evaluate") + "--workdir=runs/tiny --split=test",
+        _evaluate,
+        _evaluate_flags,
+    ),
+    "generate": Verb(
+        "Continues a prompt with the newest checkpoint.",
+        _EXAMPLE.format("generate") + '--workdir=runs/tiny --prompt="The module" --top_k=40',
+        _generate,
+        _generate_flags,
+    ),
+    "fill": Verb(
+        "Names the likeliest words for the masks of a text.",
+        "python -m lmjax fill experiments/bert_base.py --workdir=runs/bert"
+        ' --text="The [MASK] sat on the mat."',
+        _fill,
+        _fill_flags,
+    ),
+    "embed": Verb(
+        "Writes vectors of texts, words or tokens from any layer.",
+        "python -m lmjax embed experiments/bert_base.py --workdir=runs/bert --file=texts.txt"
+        " --to=vectors.npz",
+        _embed,
+        _embed_flags,
+    ),
+    "describe": Verb(
+        "Shows the resolved recipe and what it costs; allocates nothing.",
+        _EXAMPLE.format("describe") + "--batch=256",
+        _describe,
+        _describe_flags,
+    ),
+    "plan": Verb(
+        "Compiles the step for TPUs that are not here: fit, speed, price.",
+        _EXAMPLE.format("plan") + "--topology=v5e:4x4 --topology=v5p:2x2x2",
+        _plan,
+        _plan_flags,
+    ),
+    "import": Verb(
+        "Starts a run directory from a folder of Hugging Face, Google (BERT) or bilm-tf (ELMo).",
+        _EXAMPLE.format("import") + "--workdir=runs/gpt2 --from=gpt2/",
+        _import,
+        _import_flags,
+    ),
+    "export": Verb(
+        "Writes the newest checkpoint as a Hugging Face (ELMo: bilm-tf) folder and checks it.",
+        _EXAMPLE.format("export") + "--workdir=runs/gpt2 --to=exported/",
+        _export,
+        _export_flags,
+    ),
+}

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes as one run: their places, the roll, and two that train over 127.0.0.1."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from commands import DEMO, ROOT, environment, lmjax, write_text
+
+from lmjax.hosts import Place, call_the_roll, found, join
+from lmjax.metrics import read_metrics
+
+SLURM = {"SLURM_JOB_ID": "70001", "SLURM_NTASKS": "8", "SLURM_PROCID": "5"}
+OURS = {"LMJAX_COORDINATOR": "h:1", "LMJAX_PROCESSES": "4"}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+GKE = {"TPU_WORKER_HOSTNAMES": "a-0.x,a-1.x,a-2.x", "TPU_WORKER_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        (GKE, Place("a-0.x:8476", 3, 2)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "node[007-015],other"}, Place("node007:61809", 8, 5)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "node001,node002"}, Place("node001:61809", 8, 5)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "single"}, Place("single:61809", 8, 5)),
+        ({**OURS, "LMJAX_PROCESS": "3"}, Place("h:1", 4, 3)),
+        ({**OURS, "JOB_COMPLETION_INDEX": "2"}, Place("h:1", 4, 2)),
+        ({**OURS, "LMJAX_PROCESS": "0", **GKE}, Place("h:1", 4, 0)),
+    ],
+)
+def test_places_by_the_environment(env, place):
+    assert found(env) == place
+
+
+def test_open_mpi_names_the_host_of_its_launcher():
+    uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+    one, two = (found({**OMPI, **uri, "OMPI_COMM_WORLD_RANK": str(n)}) for n in (0, 1))
+    assert (one.count, one.index, two.index) == (2, 0, 1)
+    assert one.address == two.address and re.fullmatch(r"10\.96\.0\.1:6\d{4}", one.address)
+    with pytest.raises(ValueError, match="pass -x LMJAX_COORDINATOR=HOST:PORT"):
+        found(OMPI)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (OURS, "LMJAX_PROCESS must be set as well"),
+        ({"LMJAX_PROCESSES": "2"}, "LMJAX_COORDINATOR, LMJAX_PROCESS must be set as well"),
+        ({**OURS, "LMJAX_PROCESS": "4"}, "LMJAX_PROCESS=4: from 0 to 3"),
+        ({**OURS, "LMJAX_PROCESS": "x"}, "LMJAX_PROCESS='x': a whole number"),
+        ({**OURS, "LMJAX_PROCESS": "0", "LMJAX_COORDINATOR": "h"}, "=h: HOST:PORT is needed"),
+        ({**OURS, "LMJAX_PROCESS": "0", "LMJAX_JOIN_SECONDS": "soon"}, "'soon': seconds above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(env, message):
+    with pytest.raises(ValueError, match=message):
+        join(env)
+
+
+# --- the roll -------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def roll(count: int, who: list[int], seconds: float) -> dict[int, str]:
+    """What each process that started was told: nothing, or an error."""
+    address, told = f"127.0.0.1:{free_port()}", {}
+
+    def one(index: int) -> None:
+        try:
+            call_the_roll(Place(address, count, index), seconds)
+            told[index] = ""
+        except ValueError as error:
+            told[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in who]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def test_the_roll_is_complete_in_any_order():
+    assert roll(4, [3, 1, 0, 2], 20) == dict.fromkeys(range(4), "")
+
+
+def test_who_is_missing_is_said_to_all_who_came():
+    told = roll(4, [0, 2], 1)
+    assert "2 of 4 processes started within 1 s; missing: 1, 3; here: 0 (" in told[0]
+    assert "2 of 4 processes started within 1 s; missing: 1, 3" in told[2]
+
+
+def test_a_first_process_that_is_not_there_is_named_with_its_address():
+    (told,) = roll(2, [1], 0.5).values()
+    assert re.search(r"process 1 of 2 waited 0.5 s for process 0 at 127\.0\.0\.1:\d+", told)
+
+
+def test_strangers_at_the_port_are_no_process_of_the_run():
+    place = Place(f"127.0.0.1:{free_port()}", 2, 0)
+
+    def stranger() -> None:
+        time.sleep(0.3)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": 1, "count": 9, "host": "x"}\n'):
+            with socket.create_connection(("127.0.0.1", int(place.address.split(":")[1]))) as s:
+                s.sendall(said)
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    with pytest.raises(ValueError, match="missing: 1"):
+        call_the_roll(place, 1.5)
+    thread.join()
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+STEPS = ("--steps=16", "--save_every=4", "--evaluate_every=8", "--mesh.fsdp=2")
+
+
+def command(workdir: Path, text: Path) -> tuple[str, ...]:
+    corpus = f"--data.corpus=files:{text}"
+    return ("train", DEMO, "--tiny", f"--workdir={workdir}", corpus, *STEPS)
+
+
+def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
+    """`python -m lmjax …` as two processes with two CPU devices each."""
+    place = {"LMJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LMJAX_PROCESSES": "2"}
+    place |= {"LMJAX_JOIN_SECONDS": "60"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-u", "-m", "lmjax", *arguments],
+            cwd=ROOT,
+            env={**environment(2), **place, "LMJAX_PROCESS": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+def until(process: subprocess.Popen[str], line: str) -> None:
+    for said in process.stdout:
+        if said.startswith(line):
+            return
+    raise AssertionError(f"{line!r} was never said")
+
+
+def losses(workdir: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+def test_two_processes_train_are_killed_and_go_on_as_two_and_as_one(text, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    lmjax(*command(unbroken, text), devices=4)
+
+    first, second = start_two(*command(broken, text))
+    until(first, "saved step 4")
+    first.kill()
+    second.kill()
+    first.communicate()
+    said, _ = second.communicate()
+    assert "saved" not in said  # one voice
+
+    first, second = start_two(*command(broken, text))
+    until(first, "resumed at step")
+    until(first, "saved step 8")
+    second.send_signal(signal.SIGTERM)  # one is asked, both leave
+    said, other = (process.communicate(timeout=120)[0] for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0), (said, other)
+
+    before = len(losses(broken))
+    out, _ = lmjax(*command(broken, text), devices=1 + 1)
+    assert re.search(r"resumed at step (8|9|1\d)", out), out
+    assert len(losses(broken)) == 16 > before
+    assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-5)
+
+
+def test_one_of_two_is_told_who_is_missing(text, tmp_path):
+    env = {"LMJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LMJAX_PROCESSES": "2"}
+    env |= {"LMJAX_PROCESS": "0", "LMJAX_JOIN_SECONDS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lmjax", *command(tmp_path / "alone", text)],
+        cwd=ROOT, env={**environment(2), **env}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 1 of 2 processes started within 1 s; missing: 1; here: 0")
+    assert not (tmp_path / "alone").exists()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`plan`: what it reads out of a program, what it makes of that, and what it prints."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from commands import lmjax
+
+from lmjax import recipe
+from lmjax.examples.windows import Windows
+from lmjax.models.gpt import GPT as Decoder
+from lmjax.plan import chips, hlo, kept
+from lmjax.plan.plan import plan
+from lmjax.plan.predict import Times, transfer_seconds
+from lmjax.plan.program import TooLarge, compiled
+from lmjax.plan.table import table
+from lmjax.run import replace
+from lmjax.sharding import Layout
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+GPT = "experiments/gpt2_small.py"
+needs_compiler = pytest.mark.skipif(not chips.installed(), reason=chips.MISSING)
+MESH = {"data": 2, "fsdp": 4, "tensor": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def tiny():
+    return recipe.load(str(EXPERIMENTS / "gpt2_small.py"), tiny=True)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+PROGRAM = """HloModule jit_step
+
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %g = bf16[64,32]{1,0} all-gather(%p), replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}
+  ROOT %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"10"}
+}
+
+%fused (q: f32[8]) -> f32[8] {
+  ROOT %m = f32[8]{0} multiply(%q, %q), backend_config={"estimated_cycles":"999"}
+}
+
+%condition (p: f32[8]) -> pred[] {
+  %n = s32[] constant(12)
+  ROOT %c = pred[] compare(%n, %n), direction=LT
+}
+
+%usual (p: f32[8]) -> f32[8] {
+  ROOT %u = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"3"}
+}
+
+%rare (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"700"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %w = f32[8]{0} while(%a), condition=%condition, body=%body
+  %if = f32[8]{0} conditional(%w, %a, %a), branch_computations={%rare, %usual}
+  ROOT %s = f32[8]{0} all-reduce(%if), replica_groups={{0,8},{1,9}}, to_apply=%add
+}
+"""
+
+
+def test_loops_are_counted_and_of_a_conditional_the_cheaper_branch():
+    ops = hlo.operations(PROGRAM)
+    assert hlo.cycles(ops) == 12 * 10 + 3
+    gather, total = hlo.collectives(ops, MESH)
+    assert (gather.kind, gather.times, gather.bytes, gather.devices) == (
+        "all-gather", 12, 64 * 32 * 2, 4,
+    )  # fmt: skip
+    assert (total.kind, total.times, total.bytes, total.axes) == ("all-reduce", 1, 32, ("data",))
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 2, ("tensor",)),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", 4, ("fsdp",)),
+        ("replica_groups={{0,1,2,3,4,5,6,7}}", 8, ("fsdp", "tensor")),
+        ("replica_groups=[2,8]<=[16]", 8, ("fsdp", "tensor")),
+        ("replica_groups=[8,2]<=[2,8]T(1,0)", 2, ("data",)),
+        ("replica_groups=[4,4]<=[2,4,2]T(0,2,1)", 4, ("fsdp",)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'data','fsdp'}", 8, ("data", "fsdp")),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", 8, ("data", "fsdp")),
+        ("source_target_pairs={{0,2},{2,4}}", 2, ("fsdp",)),
+    ],
+)
+def test_collectives_name_the_axes_that_they_go_over(groups, devices, axes):
+    line = f"  %x = f32[16]{{0}} all-reduce(%y), {groups}, to_apply=%add"
+    program = f"ENTRY %main (y: f32[16]) -> f32[16] {{\n{line}\n}}\n"
+    (found,) = hlo.collectives(hlo.operations(program), MESH)
+    assert (found.devices, found.axes) == (devices, axes)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def collective(kind: str, size: int, devices: int) -> hlo.Collective:
+    return hlo.Collective(kind, size, 1, devices, ("fsdp",), (), "")
+
+
+def test_a_ring_sends_all_but_one_part_and_a_sum_goes_round_twice():
+    v5e, v5p = chips.CHIPS["v5e"], chips.CHIPS["v5p"]
+    size = 10**9
+    ring = 15 / 16 * size / (2 * 4.5e10)
+    # 16 chips in a row of a 16 × 16 torus, whose ends are linked.
+    assert transfer_seconds(collective("all-gather", size, 16), v5e, (16, 16)) == pytest.approx(
+        ring
+    )
+    assert transfer_seconds(collective("all-reduce", size, 16), v5e, (16, 16)) == pytest.approx(
+        2 * ring
+    )
+    # Both axes of 4 × 4, which is no torus on v5e: two lines at once.
+    found = transfer_seconds(collective("reduce-scatter", size, 16), v5e, (4, 4))
+    assert found == pytest.approx(15 / 16 * size / (2 * 4.5e10))
+    # 4 chips of v5p's torus: one axis whose ends are linked.
+    found = transfer_seconds(collective("all-gather", size, 4), v5p, (4, 4, 4))
+    assert found == pytest.approx(3 / 4 * size / (2 * 9e10))
+    assert transfer_seconds(collective("all-gather", size, 1), v5e, (4, 4)) == 0
+
+
+def test_the_band_holds_the_prediction():
+    one = Times(0.09, 0.006, {})
+    assert (one.low, one.high) == (pytest.approx(0.064), pytest.approx(0.096))
+    assert one.low < one.step < one.high
+    sent = Times(0.09, 0.006, {("fsdp",): 0.08, ("data",): 0.02})
+    assert (sent.low, sent.high) == (pytest.approx(0.1), pytest.approx(0.196))
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+KEYS = {"topology", "fits", "peak_hbm_bytes", "step_seconds", "mfu", "tokens_per_second"}
+
+
+@needs_compiler
+def test_a_plan_is_of_the_recipes_own_step_and_is_kept():
+    run = replace(tiny(), mesh=Layout(2, 2, 1), batch=8)
+    said: list[str] = []
+    found = plan(run, "v5e:2x2", price=2.0, say=said.append)
+    assert len(said) == 2  # the batch, and half of it for the largest one
+    assert found.keys() >= KEYS and found["topology"] == "v5e:2x2" and found["chips"] == 4
+    assert found["fits"] and found["hbm_bytes"] == int(15.75 * 2**30)
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    # Matrices are split over fsdp, so a device has between half and all of what there is.
+    stored = 4 * (run.parameters() + run.model.padding)
+    assert stored / 2 <= found["parameters_bytes"] < 0.6 * stored
+    assert found["optimizer_bytes"] == pytest.approx(2 * found["parameters_bytes"], abs=64)
+    parts = ("parameters", "optimizer", "batch_and_padding", "temporaries")
+    total = sum(found[f"{name}_bytes"] for name in parts)
+    assert found["peak_hbm_bytes"] == pytest.approx(total, rel=0.05)
+    axes = {(c["kind"], *c["axes"]) for c in found["collectives"]}
+    assert ("all-gather", "fsdp") in axes
+    assert any(kind == "all-reduce" and "data" in over for kind, *over in axes)
+    assert found["step_seconds_low"] <= found["step_seconds"] <= found["step_seconds_high"]
+    tokens = 8 * run.data.examples.length
+    assert found["tokens_per_second"] == pytest.approx(tokens / found["step_seconds"])
+    flops = run.model.flops_per_token(run.data.examples.length) * found["tokens_per_second"]
+    assert found["mfu"] == pytest.approx(flops / (4 * 197e12))
+    hours = run.steps * found["step_seconds"] / 3600
+    assert found["hours"] == pytest.approx(hours) and found["cost"] == pytest.approx(8 * hours)
+    assert found["largest_batch"] % 4 == 0 and found["largest_batch"] > 1000
+
+    again = plan(run, "v5e:2x2", price=1.0, say=said.append)
+    assert len(said) == 2 and again["cost"] == pytest.approx(4 * hours)
+    changed = kept.key(recipe.to_json(replace(run, batch=64)), "v5e:2x2", 0)
+    assert kept.read(changed) is None
+    text = table([again])
+    assert "v5e:2x2" in text and "fits" in text and "GiB" in text and "data" in text
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_with_what_would():
+    model = Decoder(vocab=512, context=1024, depth=4, width=1024, heads=8, remat="none")
+    run = replace(tiny(), model=model, batch=256, accumulate=1)
+    run = replace(run, data=replace(run.data, examples=Windows(length=1024)))
+    found = plan(run, "v5e:1x1", say=quiet)
+    assert found["fits"] is False and found["peak_hbm_bytes"] > found["hbm_bytes"]
+    assert found["step_seconds"] is None and found["hours"] is None
+    assert 0 < found["largest_batch"] < 256
+    assert "NO" in table([found])
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory: Used 20.50G of 15.75G hbm. Exceeded …", 20.5),
+        ("required for HLO temporaries (1.50T) exceeds available HBM (15.75G).", 1536.0),
+    ],
+)
+def test_the_compilers_words_for_no_room_are_understood(said, needed):
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(said)
+
+    with pytest.raises(TooLarge) as caught:
+        compiled(Lowered(), None)
+    assert caught.value.needed == int(needed * 2**30)
+    assert caught.value.available == int(15.75 * 2**30)
+
+
+@needs_compiler
+def test_the_command_prints_an_object_a_topology_last(tmp_path):
+    call = ("plan", GPT, "--tiny", "--batch=8", "--quick", "--topology=v5e:1x1,v6e:1x1", "--json")
+    out, err = lmjax(*call)
+    first, second = map(json.loads, out.strip().split("\n"))
+    assert (first["topology"], second["topology"]) == ("v5e:1x1", "v6e:1x1")
+    assert KEYS <= first.keys() and KEYS <= second.keys()
+    assert first["step_from"] == "compiler"
+    assert second["step_seconds"] < first["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", "CHIP:SHAPE is needed, as v5e:4x4"),
+        ("v5e:4", "CHIP:SHAPE is needed"),
+        ("v6:2x2", "no chip 'v6'; one of v4, .* did you mean 'v6e'"),
+        ("v5e:0x2", "sizes are at least 1"),
+    ],
+)
+def test_a_bad_topology_is_refused_before_anything_is_compiled(topology, message):
+    with pytest.raises(ValueError, match=message):
+        chips.split_name(topology)
+
+
+@needs_compiler
+def test_a_shape_that_no_pod_has_and_a_mesh_that_does_not_fit_are_refused():
+    with pytest.raises(ValueError, match="--topology=v5e:3x5: the compiler has none"):
+        chips.devices("v5e:3x5")
+    with pytest.raises(ValueError, match="mesh data=3 × fsdp=1 × tensor=1 does not fit 4 devices"):
+        plan(replace(tiny(), mesh=Layout(3, 1, 1)), "v5e:2x2", say=quiet)
+    with pytest.raises(ValueError, match="batch=6 cannot be split over 4 devices"):
+        plan(replace(tiny(), batch=6), "v5e:2x2", say=quiet)
