@@ -15,9 +15,10 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lmjax import recipe
+from lmjax.plan import chips
+from lmjax.plan.program import compile_step
 from lmjax.run import replace
 from lmjax.sharding import Layout
-from tests import tpu_compiler
 
 ROWS = {
     "gpt2_small": 8,
@@ -47,20 +48,18 @@ def main() -> None:
         if name not in chosen:
             continue
         run = recipe.load(f"experiments/{name}.py")
-        batch = ROWS[name] * len(tpu_compiler.devices(topology))
-        program = tpu_compiler.compile_step(
-            replace(run, batch=batch, accumulate=1, mesh=layout), topology
-        )
+        batch = ROWS[name] * len(chips.devices(topology))
+        program = compile_step(replace(run, batch=batch, accumulate=1, mesh=layout), topology)
         memory = program.memory
         gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
         result = {
             "experiment": name,
             "topology": topology,
             "mesh": [layout.data, layout.fsdp, layout.tensor],
-            "peak_gib": round(program.peak_gib, 2),
+            "peak_gib": round(program.peak_bytes / 2**30, 2),
             "arguments_mib": round(memory.argument_size_in_bytes / 2**20, 1),
             "aliased_mib": round(memory.alias_size_in_bytes / 2**20, 1),
-            "estimated_ms": round(program.milliseconds, 1),
+            "estimated_ms": round(1e3 * program.compute_seconds, 1),
             "gathered_over_bf16_parameters": round(gathered / (2 * run.parameters()), 2),
             "collectives": {
                 kind: sum(c.times for c in program.collectives(kind))
