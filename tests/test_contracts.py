@@ -207,7 +207,10 @@ def test_nothing_large_rests_whole_on_four_devices(name):
     assert max(words, default=0) < 4 * 2**20
     rest = {path: size for path, size in whole.items() if not path.endswith("output_bias")}
     assert max(rest.values()) < 2 * 2**20, rest
-    assert sum(whole.values()) < 0.01 * sum(x.size * x.dtype.itemsize for _, x in state)
+    # The filters over characters have one size, whatever the vocabulary of the words is.
+    filters = re.compile(r"conv_\d/kernel$")
+    vectors = [size for path, size in whole.items() if not filters.search(path)]
+    assert sum(vectors) < 0.01 * sum(x.size * x.dtype.itemsize for _, x in state)
 
 
 # --- what it learns -------------------------------------------------------------------------------
