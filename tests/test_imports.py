@@ -27,7 +27,7 @@ FLOORS = (
     "data",
     "recipe",
     "sharding",
-    "cpu",
+    "cpu fingerprint",
     "attention",
     "layers",
     "blocks sparse mix recurrent spelling_cpu word_chunks",
