@@ -213,6 +213,8 @@ def flops(
     """Training FLOPs per token: 6 N + 12 N_layers · D · L + 6 · share · M.
 
     N are the encoder's parameters that are multiplied with, M those of the masked-token head and
-    its table, which run at the scored share of the tokens only.
+    its table, which run at the scored share of the tokens only. The first two terms are those of
+    Chowdhery et al. (2022, appendix B); empty slots and the head for pairs, which runs once a
+    sequence, are not counted.
     """
     return 6 * multiplied + 12 * depth * width * length + int(6 * share * masked)

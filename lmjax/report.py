@@ -45,7 +45,8 @@ _SMALL_CHARTS = {
     "gradient_norm": "Gradient norm",
     "tokens_per_second": "Tokens a second",
 }
-_HELD_OUT_CHARTS = {
+_OPTIONAL_CHARTS = {
+    "mfu": "Model FLOPs utilisation",
     "held_out_masked_accuracy": "Held-out masked accuracy",
     "held_out_pair_accuracy": "Held-out pair accuracy",
     "held_out_replaced_accuracy": "Held-out replaced accuracy",
@@ -53,7 +54,7 @@ _HELD_OUT_CHARTS = {
     "held_out_backward_loss": "Held-out loss, backward",
 }
 
-_SMOOTH = ("gradient_norm", "tokens_per_second")
+_SMOOTH = ("gradient_norm", "tokens_per_second", "mfu")
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -263,7 +264,7 @@ def _curves(metrics: Records) -> str:
     curves = {key: _curve(metrics, key) for key in ("loss", "held_out_loss", *_SMALL_CHARTS)}
     absent = [key for key, (steps, _) in curves.items() if not len(steps)]
     charts = dict(_SMALL_CHARTS)
-    for key, label in _HELD_OUT_CHARTS.items():
+    for key, label in _OPTIONAL_CHARTS.items():
         if len((curve := _curve(metrics, key))[0]):
             curves[key], charts[key] = curve, label
     try:

@@ -18,6 +18,7 @@ from lmjax.checkpoint import Checkpoints, newest_step
 from lmjax.data import Prepared
 from lmjax.evaluate import Evaluator
 from lmjax.metrics import MetricsWriter, Throughput
+from lmjax.peaks import peak_flops
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
 from lmjax.run import Run
@@ -156,6 +157,7 @@ class Recorder:
 
     def __init__(self, run: Run, workdir: Path, first: int) -> None:
         self._plan, self._every, self._steps = run.plan(), run.log_every, run.steps
+        self._flops_per_token, self._peak = run.model.flops_per_token, peak_flops(jax.devices())
         self._writer = MetricsWriter(workdir, first)
         self._throughput = Throughput()
         self._bar = Progress(run.steps, first, run.batch * run.data.examples.length)
@@ -175,7 +177,11 @@ class Recorder:
             values |= {f"held_out_{name}": value for name, value in means.items()}
             self._throughput.restart()
         if held_out is not None or step % self._every == 0 or step == self._steps:
-            self._writer.write(step, {**values, "tokens": tokens, "tokens_per_second": rate})
+            values |= {"tokens": tokens, "tokens_per_second": rate}
+            if self._peak:  # model FLOPs utilisation
+                length = self._plan.stage(step - 1).example_tokens
+                values["mfu"] = rate * self._flops_per_token(length) / self._peak
+            self._writer.write(step, values)
 
     def close(self) -> None:
         """Flushes and closes."""

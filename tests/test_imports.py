@@ -26,7 +26,7 @@ FLOORS = (
     "store",
     "data",
     "recipe",
-    "sharding",
+    "sharding peaks",
     "cpu fingerprint",
     "attention",
     "layers",

@@ -133,11 +133,16 @@ class ELECTRA(nn.Module):
         return embeddings + project + blocks + width**2 + 2 * width + 1
 
     def flops_per_token(self, length: int) -> int:
-        """Training FLOPs per token of both encoders and their heads."""
+        """Training FLOPs per token of both encoders and their heads (`encoder.flops`).
+
+        The draws that replace masked tokens read scores that the generator's loss computes.
+        """
         big, small, narrow = self.width, self.generator_width, self.embedding_width
         kept = self.depth * block_parameters(big, self.inner or 4 * big) + big**2
         inner = self.generator_inner or 4 * small
         helper = self.generator_depth * block_parameters(small, inner)
+        kept += narrow * big if big != narrow else 0
+        helper += narrow * small if small != narrow else 0
         masked = small * narrow + narrow * self.vocab
         return flops(kept, self.depth, big, length, 0) + flops(
             helper, self.generator_depth, small, length, masked

@@ -74,9 +74,13 @@ class ELMo(nn.Module):
         return (padded(self.vocab) - self.vocab) * (tables * self.width + 1)
 
     def flops_per_token(self, length: int) -> int:
-        """Training FLOPs per word of both directions: 6 per multiplied parameter.
+        """Training FLOPs per word of both directions: 6 per multiplication of the forward pass,
+        as a weight that is multiplied with costs in Kaplan et al. (2020, section 2.1).
 
-        A word is spelt in each direction, whatever `distinct` saves.
+        Of each direction: a projected LSTM (Sak et al. 2014) has 4 H (D + D) + H D of them a layer,
+        the softmax D for each word that it scores, and spelling (Kim et al. 2016) one for each
+        place of each filter, 2 F² a highway layer and F D. A word is spelt in each direction,
+        whatever `distinct` saves.
         """
         lstm = self.depth * self.cells * (8 * self.width + self.width)
         scored = min(self.negatives + 1, self.vocab) if self.negatives else self.vocab

@@ -70,7 +70,7 @@ class GPT(nn.Module):
         """Training FLOPs per token: 6 N + 12 N_layers · D · L (Chowdhery et al. 2022, appendix B).
 
         N are the parameters that are multiplied with: all but the positions, unless they are rows
-        of the readout.
+        of the readout. Attention counts as if every token saw the whole window, as there.
         """
         block = 12 * self.width**2 + 13 * self.width
         final = 2 * self.width if self.norm == "pre" else 0

@@ -19,6 +19,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from jax.experimental import topologies  # noqa: E402
 
+from lmjax.peaks import FLOPS  # noqa: E402
 from lmjax.text_files import nearest  # noqa: E402
 
 MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]' (x86 Linux)"
@@ -54,11 +55,11 @@ class Chip:
 _GIB = 2**30
 _MEGACORE = (("chip_config_name", "megacore"),)  # both cores of a chip as one device
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 4.5e10, 4, 1.05e9, 1, 3.22, _MEGACORE),
-    "v5e": Chip(197e12, int(15.75 * _GIB), 0.82e12, 4.5e10, 16, 1.5e9, 1, 1.20),
-    "v5p": Chip(459e12, int(95.74 * _GIB), 2.765e12, 9e10, 4, 1.75e9, 1, 4.20),
-    "v6e": Chip(918e12, int(31.25 * _GIB), 1.6e12, 9e10, 16, 1.75e9, 1, 2.70),
-    "tpu7x": Chip(2307e12, int(94.75 * _GIB), 7.38e12, 9e10, 4, 1.9e9, 2),
+    "v4": Chip(FLOPS["TPU v4"], int(30.75 * _GIB), 1.2e12, 4.5e10, 4, 1.05e9, 1, 3.22, _MEGACORE),
+    "v5e": Chip(FLOPS["TPU v5 lite"], int(15.75 * _GIB), 0.82e12, 4.5e10, 16, 1.5e9, 1, 1.20),
+    "v5p": Chip(FLOPS["TPU v5"], int(95.74 * _GIB), 2.765e12, 9e10, 4, 1.75e9, 1, 4.20),
+    "v6e": Chip(FLOPS["TPU v6 lite"], int(31.25 * _GIB), 1.6e12, 9e10, 16, 1.75e9, 1, 2.70),
+    "tpu7x": Chip(2 * FLOPS["TPU7x"], int(94.75 * _GIB), 7.38e12, 9e10, 4, 1.9e9, 2),
 }
 _FORM = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
 
