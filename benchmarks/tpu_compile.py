@@ -16,7 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lmjax import recipe
 from lmjax.plan import chips
-from lmjax.plan.program import compile_step
+from lmjax.plan.program import compile_step, lower_step
 from lmjax.run import replace
 from lmjax.sharding import Layout
 
@@ -49,7 +49,9 @@ def main() -> None:
             continue
         run = recipe.load(f"experiments/{name}.py")
         batch = ROWS[name] * len(chips.devices(topology))
-        program = compile_step(replace(run, batch=batch, accumulate=1, mesh=layout), topology)
+        program = compile_step(
+            lower_step(replace(run, batch=batch, accumulate=1, mesh=layout), topology)
+        )
         memory = program.memory
         gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
         result = {

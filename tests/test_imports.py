@@ -63,6 +63,7 @@ FLOORS = (
     "train",
     "plan.chips plan.hlo plan.kept plan.table",
     "plan.program",
+    "plan.facts",
     "plan.predict",
     "plan.plan",
     "plan.flags",

@@ -15,7 +15,7 @@ from lmjax.losses import _CHUNK_BYTES
 from lmjax.models.gpt import GPT
 from lmjax.plan import chips
 from lmjax.plan.hlo import bytes_of
-from lmjax.plan.program import Program, compile_step
+from lmjax.plan.program import Program, compile_step, lower_step
 from lmjax.run import Run, replace
 from lmjax.sharding import Layout
 
@@ -31,7 +31,7 @@ def small(topology: str, layout: Layout, experiment: str = "gpt2_small") -> Prog
     """The recipe's step with `ROWS` windows a chip, as it stands but for the batch."""
     run = recipe.load(str(EXPERIMENTS / f"{experiment}.py"))
     rows = ROWS * len(chips.devices(topology)) // layout.tensor
-    return compile_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology)
+    return compile_step(lower_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology))
 
 
 def tiny(**changes) -> Run:
@@ -43,7 +43,7 @@ def tiny(**changes) -> Run:
 
 @functools.cache
 def tiny_program() -> Program:
-    return compile_step(tiny(mesh=Layout(1, 2, 2)), "v5e:2x2")
+    return compile_step(lower_step(tiny(mesh=Layout(1, 2, 2)), "v5e:2x2"))
 
 
 def state_bytes(run: Run) -> int:
@@ -163,7 +163,7 @@ def bert(name: str, topology: str, layout: Layout) -> Program:
     """The recipe's first phase with 32 sequences of 128 a chip."""
     run = recipe.load(str(EXPERIMENTS / f"{name}.py"))
     rows = 32 * len(chips.devices(topology)) // layout.tensor
-    return compile_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology)
+    return compile_step(lower_step(replace(run, batch=rows, accumulate=1, mesh=layout), topology))
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ class Chip:
       hbm: bytes per second of a chip's memory.
       link: bytes per second one way through one of the links between neighbours.
       wraps: sizes of a torus axis from which its ends are linked, and by which it then divides.
+      matrix: rows of the matrix unit, which narrower heads leave idle in part.
       clock: cycles per second that turn the compiler's cycles into seconds.
       devices: JAX devices of a chip.
       price: dollars per chip and hour on demand; lists change, so `--price` replaces it.
@@ -46,6 +47,7 @@ class Chip:
     hbm: float
     link: float
     wraps: int
+    matrix: int
     clock: float
     devices: int = 1
     price: float | None = None
@@ -55,11 +57,13 @@ class Chip:
 _GIB = 2**30
 _MEGACORE = (("chip_config_name", "megacore"),)  # both cores of a chip as one device
 CHIPS = {
-    "v4": Chip(FLOPS["TPU v4"], int(30.75 * _GIB), 1.2e12, 4.5e10, 4, 1.05e9, 1, 3.22, _MEGACORE),
-    "v5e": Chip(FLOPS["TPU v5 lite"], int(15.75 * _GIB), 0.82e12, 4.5e10, 16, 1.5e9, 1, 1.20),
-    "v5p": Chip(FLOPS["TPU v5"], int(95.74 * _GIB), 2.765e12, 9e10, 4, 1.75e9, 1, 4.20),
-    "v6e": Chip(FLOPS["TPU v6 lite"], int(31.25 * _GIB), 1.6e12, 9e10, 16, 1.75e9, 1, 2.70),
-    "tpu7x": Chip(2 * FLOPS["TPU7x"], int(94.75 * _GIB), 7.38e12, 9e10, 4, 1.9e9, 2),
+    "v4": Chip(
+        FLOPS["TPU v4"], int(30.75 * _GIB), 1.2e12, 4.5e10, 4, 128, 1.05e9, 1, 3.22, _MEGACORE
+    ),
+    "v5e": Chip(FLOPS["TPU v5 lite"], int(15.75 * _GIB), 0.82e12, 4.5e10, 16, 128, 1.5e9, 1, 1.20),
+    "v5p": Chip(FLOPS["TPU v5"], int(95.74 * _GIB), 2.765e12, 9e10, 4, 128, 1.75e9, 1, 4.20),
+    "v6e": Chip(FLOPS["TPU v6 lite"], int(31.25 * _GIB), 1.6e12, 9e10, 16, 256, 1.75e9, 1, 2.70),
+    "tpu7x": Chip(2 * FLOPS["TPU7x"], int(94.75 * _GIB), 7.38e12, 9e10, 4, 256, 1.9e9, 2),
 }
 _FORM = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
 

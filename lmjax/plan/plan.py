@@ -6,22 +6,17 @@ Each answer says what it rests on: "compiler" is exact, or adds up what the comp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lmjax.plan import chips, kept
+from lmjax.plan import chips
+from lmjax.plan.facts import Facts, Say, find
 from lmjax.plan.predict import Times, roofline, times
 
-from lmjax.plan.program import Program, TooLarge, compile_step  # isort: skip
-
-import jax
-import numpy as np
-
-from lmjax import recipe, sharding
+from lmjax import sharding  # isort: skip
 from lmjax.run import Run, replace
 from lmjax.sharding import Layout
 
-Say = Callable[[str], None]
 Result = dict[str, Any]
 
 
@@ -76,72 +71,50 @@ def _whole(layout: Layout, count: int) -> Layout:
 
 
 def _phase(run: Run, topology: str, phase: int, say: Say) -> Result:
-    """One phase of a run on one topology, kept for the next time."""
-    key = kept.key(recipe.to_json(run), topology, phase)
-    if (found := kept.read(key)) is not None:
-        return found
-    rows = run.batch_sizes()[phase]
-    say(f"compiling for {topology}, batch {rows:,} × {run.makers()[phase].length} …")
-    found = _compiled(run, topology, phase)
-    kept.write(key, found)
+    """One phase of a run on one topology."""
+    facts = find(run, topology, phase, say)
+    found = {"examples_length": run.makers()[phase].length, **_memory(facts, topology)}
+    if not found["fits"]:
+        return found | dict.fromkeys(("step_seconds", "mfu", "tokens_per_second"))
+    return found | _speed(run, topology, facts, phase)
+
+
+def _memory(facts: Facts, topology: str) -> Result:
+    """Bytes of one device."""
+    found: Result = {
+        "fits": facts.compiled and facts.peak <= chips.split_name(topology)[0].memory,
+        "peak_hbm_bytes": facts.peak,
+        "memory_from": "compiler",
+        "parameters_bytes": facts.parameters,
+        "optimizer_bytes": facts.optimiser,
+    }
+    if facts.compiled:
+        rest = facts.arguments - facts.parameters - facts.optimiser
+        found |= {
+            "batch_and_padding_bytes": max(0, rest),
+            "temporaries_bytes": facts.temporaries,
+            "compile_seconds": facts.seconds,
+        }
     return found
 
 
-def _compiled(run: Run, topology: str, phase: int) -> Result:
-    chip, _ = chips.split_name(topology)
-    found: Result = {"examples_length": run.makers()[phase].length}
-    try:
-        program = compile_step(run, topology, phase)
-    except TooLarge as error:
-        return found | {
-            "fits": False,
-            "peak_hbm_bytes": error.needed,
-            "memory_from": "compiler",
-            **dict.fromkeys(("step_seconds", "mfu", "tokens_per_second")),
-        }
-    return found | _memory(program, chip) | _speed(run, program, phase)
-
-
-def _memory(program: Program, chip: chips.Chip) -> Result:
-    """Bytes of one device."""
-    state, m = program.state, program.memory
-    parameters, optimiser = _resting(state.params), _resting((state.opt_state, state.carry))
-    return {
-        "fits": program.peak_bytes <= chip.memory,
-        "peak_hbm_bytes": program.peak_bytes,
-        "memory_from": "compiler",
-        "parameters_bytes": parameters,
-        "optimizer_bytes": optimiser,
-        "batch_and_padding_bytes": max(0, m.argument_size_in_bytes - parameters - optimiser),
-        "temporaries_bytes": m.temp_size_in_bytes,
-        "compile_seconds": round(program.seconds, 1),
-    }
-
-
-def _resting(tree: Any) -> int:
-    """Bytes of a device's parts of arrays."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-        for x in jax.tree.leaves(tree)
-    )
-
-
-def _speed(run: Run, program: Program, phase: int) -> Result:
-    chip, torus = chips.split_name(program.topology)
+def _speed(run: Run, topology: str, facts: Facts, phase: int) -> Result:
+    chip, torus = chips.split_name(topology)
     tokens = run.batch_sizes()[phase] * run.makers()[phase].length
     flops = run.model.flops_per_token(run.makers()[phase].length) * tokens / math.prod(torus)
-    if program.text:
-        found: Times = times(program, causal=not hasattr(run.makers()[phase], "masks"))
+    if facts.cycles is not None:
+        causal = not hasattr(run.makers()[phase], "masks")
+        found: Times = times(facts, topology, causal)
         low, step, high = found.low, found.step, found.high
         parts = {
             "step_from": "compiler",
             "compute_seconds": found.compute,
             "kernel_seconds": found.kernels,
             "transfer_seconds": sum(found.transfers.values()),
-            "collectives": _collectives(program),
+            "collectives": _collectives(facts),
         }
     else:  # the compiler could not write the program down
-        low, high = roofline(flops, program.peak_bytes, chip)
+        low, high = roofline(flops, facts.peak, chip)
         step, parts = math.sqrt(low * high), {"step_from": "roofline"}
     return {
         "step_seconds": step,
@@ -153,14 +126,13 @@ def _speed(run: Run, program: Program, phase: int) -> Result:
     }
 
 
-def _collectives(program: Program) -> list[Result]:
+def _collectives(facts: Facts) -> list[Result]:
     """By kind and axes: how many a step, and bytes at full size."""
     found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for c in program.collectives():
-        if c.devices > 1:
-            sums = found.setdefault((c.kind, c.axes), [0, 0])
-            sums[0] += c.times
-            sums[1] += c.times * c.bytes
+    for kind, axes, size, _, executions in facts.collectives:
+        sums = found.setdefault((kind, axes), [0, 0])
+        sums[0] += executions
+        sums[1] += executions * size
     return [
         {"kind": kind, "axes": list(axes), "count": count, "bytes": size}
         for (kind, axes), (count, size) in sorted(found.items())

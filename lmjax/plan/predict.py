@@ -11,17 +11,12 @@ Shapes: B rows, H heads, T length, K width of a head.
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 from lmjax.plan import chips
-from lmjax.plan.hlo import Collective, Op
-from lmjax.plan.program import Program
+from lmjax.plan.facts import Facts
 
 PESSIMISM = 1.5
-_MXU = 128  # narrower heads leave a part of the matrix unit idle
-# Products of attention per kernel: scores and values forward; five in the fused backward pass.
-_PRODUCTS = {"fwd": 2, "dkv": 5, "dq": 3}
 
 
 @dataclass(frozen=True)
@@ -58,56 +53,44 @@ class Times:
         return sum(self.transfers.values())
 
 
-def times(program: Program, causal: bool) -> Times:
+def times(facts: Facts, topology: str, causal: bool) -> Times:
     """Of a program that the compiler could write down; causal: whether its attention is."""
-    chip, torus = chips.split_name(program.topology)
+    assert facts.cycles is not None, "a program that was not written down has no times"
+    chip, torus = chips.split_name(topology)
     seen = 0.5 if causal else 1.0
-    kernels = sum(seen * kernel_flops(op) * op.times / _rate(op, chip) for op in program.kernels())
+    kernels = sum(
+        seen * flops * executions / (chip.flops / chip.devices * min(1.0, width / chip.matrix))
+        for flops, width, executions in facts.kernels
+        if flops
+    )
     sent: dict[tuple[str, ...], float] = {}
-    for collective in program.collectives():
-        seconds = collective.times * transfer_seconds(collective, chip, torus)
-        sent[collective.axes] = sent.get(collective.axes, 0.0) + seconds
-    return Times(program.compute_seconds, kernels, sent)
+    for kind, axes, size, devices, executions in facts.collectives:
+        seconds = executions * transfer_seconds(kind, size, devices, chip, torus)
+        sent[axes] = sent.get(axes, 0.0) + seconds
+    return Times(facts.cycles / chip.clock, kernels, sent)
 
 
-def kernel_flops(op: Op) -> float:
-    """FLOPs of one execution of an attention kernel on all pairs, by the shapes of its results."""
-    products = next((n for part, n in _PRODUCTS.items() if f"_{part}" in _name(op)), 0)
-    wide = [dims for _, dims in op.shapes if len(dims) >= 3]
-    if not products or not wide:
-        return 0.0
-    *rows, length, width = max(wide, key=math.prod)
-    return products * 2 * math.prod(rows) * length * length * width
-
-
-def _rate(op: Op, chip: chips.Chip) -> float:
-    widths = [dims[-1] for _, dims in op.shapes if len(dims) >= 3]
-    return chip.flops / chip.devices * min(1.0, max(widths, default=_MXU) / _MXU)
-
-
-def _name(op: Op) -> str:
-    found = re.search(r"%([\w.\-]+) =", op.text)
-    return found[1] if found else ""
-
-
-def transfer_seconds(collective: Collective, chip: chips.Chip, torus: tuple[int, ...]) -> float:
-    """One execution, at the bandwidth of a ring in both directions over the axes of the torus.
+def transfer_seconds(
+    kind: str, size: float, devices: int, chip: chips.Chip, torus: tuple[int, ...]
+) -> float:
+    """One collective of `size` bytes, gathered or before scattering, among groups of `devices`: at
+    the bandwidth of a ring in both directions over the axes of the torus.
 
     A group as large as several axes together uses the links of them all. An axis whose ends are
     not linked is a line, half as fast.
     """
-    n = collective.devices
+    n = devices
     if n <= 1:
         return 0.0
     used, left = [], max(1, n // chip.devices)
-    for size in sorted(torus, reverse=True):
-        if size > 1 and left > 1:
-            used.append(size)
-            left = -(-left // size)
-    rate = sum(chip.link * (2 if size % chip.wraps == 0 else 1) for size in used or [1])
-    share = collective.bytes * (n - 1) / n
+    for length in sorted(torus, reverse=True):
+        if length > 1 and left > 1:
+            used.append(length)
+            left = -(-left // length)
+    rate = sum(chip.link * (2 if length % chip.wraps == 0 else 1) for length in used or [1])
+    share = size * (n - 1) / n
     passes = {"all-reduce": 2.0, "all-to-all": 0.25, "collective-permute": n / (n - 1)}
-    return share * passes.get(collective.kind, 1.0) / rate
+    return share * passes.get(kind, 1.0) / rate
 
 
 def roofline(flops: float, moved: float, chip: chips.Chip) -> tuple[float, float]:

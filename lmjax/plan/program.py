@@ -10,12 +10,14 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from lmjax.plan import chips, hlo  # first: it sets what libtpu reads  # isort: skip
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 from lmjax import sharding
 from lmjax.plan.hlo import Collective, Op
@@ -35,22 +37,21 @@ class Program:
     """A compiled train step: what it keeps in memory, computes and sends.
 
     Attributes:
-      mesh: the axes and their sizes.
-      state: shapes and shardings of the state before and after.
+      step: what was compiled.
       text: the program, or "" where the compiler cannot write it down.
+      seconds: that compiling took.
     """
 
-    def __init__(self, compiled: Any, topology: str, state: State, seconds: float) -> None:
-        self.memory, self.state, self.seconds = compiled.memory_analysis(), state, seconds
-        self.topology = topology
-        self.mesh = {axis: sharding.axis_size(axis) for axis in sharding.AXES}
+    def __init__(self, compiled: Any, step: "Step", seconds: float) -> None:
+        self.memory, self.step, self.seconds = compiled.memory_analysis(), step, seconds
+        self.topology, self.state = step.topology, step.state
         try:
             self.text = compiled.as_text()
         except Exception:  # libtpu fails its own check on some programs for v6e
             self.text = ""
         ops = hlo.operations(self.text) if self.text else []
         self.ops = [op for op in ops if not op.fused]
-        self._collectives = hlo.collectives(ops, self.mesh)
+        self._collectives = hlo.collectives(ops, dict(step.mesh.shape))
 
     @property
     def peak_bytes(self) -> int:
@@ -60,9 +61,14 @@ class Program:
         return total + m.temp_size_in_bytes
 
     @property
+    def cycles(self) -> int:
+        """Estimated, of a step without kernels and transfers."""
+        return hlo.cycles(self.ops)
+
+    @property
     def compute_seconds(self) -> float:
-        """Estimated time of a step without kernels and transfers."""
-        return hlo.cycles(self.ops) / chips.split_name(self.topology)[0].clock
+        """The time that they take."""
+        return self.cycles / chips.split_name(self.topology)[0].clock
 
     def kernels(self) -> list[Op]:
         """Mosaic kernels, such as splash attention."""
@@ -77,16 +83,39 @@ class Program:
         return {dims for op in self.ops for found, dims in op.shapes if found == dtype}
 
 
-def compile_step(
-    run: Run, topology: str, phase: int = 0, options: dict[str, Any] | None = None
-) -> Program:
-    """The train step of a phase of `run`, as `train` builds it, for a TPU topology.
+@dataclass(frozen=True)
+class Step:
+    """A train step as it goes into the compiler.
+
+    Attributes:
+      state: shapes and shardings of the state before and after.
+      mesh: what it is laid out on.
+      lowered: the program, for `compiled`.
+    """
+
+    topology: str
+    state: State
+    mesh: Mesh
+    lowered: Any
+
+    @property
+    def text(self) -> str:
+        """The program that the compiler is given."""
+        return self.lowered.as_text()
+
+    @property
+    def places(self) -> list[int]:
+        """Which device of the topology stands where on the mesh."""
+        return [device.id for device in self.mesh.devices.flat]
+
+
+def lower_step(run: Run, topology: str, phase: int = 0) -> Step:
+    """The train step of a phase of `run`, as `train` builds it, for a TPU topology; seconds.
 
     Raises:
       ValueError: the topology, or the mesh and batch on it.
-      TooLarge: it does not fit.
     """
-    with sharding.use(run.mesh.mesh(chips.devices(topology))):
+    with sharding.use(run.mesh.mesh(chips.devices(topology))) as mesh:
         run.plan().check(*run.microbatches())
         rows = run.batch_sizes()[phase]
         state = abstract_state(run.model, run.optimiser(), rows)
@@ -95,10 +124,18 @@ def compile_step(
             run.microbatches()[phase],
         )  # fmt: skip
         lowered = jit_train_step(step, state).lower(state, batch_shapes(run, phase))
-        began = time.monotonic()
-        with _no_cache():
-            program = compiled(lowered, options)
-        return Program(program, topology, state, time.monotonic() - began)
+    return Step(topology, state, mesh, lowered)
+
+
+def compile_step(step: Step, options: dict[str, Any] | None = None) -> Program:
+    """Compiled, which takes minutes.
+
+    Raises:
+      TooLarge: it does not fit.
+    """
+    began = time.monotonic()
+    with sharding.use(step.mesh), _no_cache():
+        return Program(compiled(step.lowered, options), step, time.monotonic() - began)
 
 
 def batch_shapes(run: Run, phase: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
