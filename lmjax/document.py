@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
 PLACES_KEPT = 5
 _PART = re.compile(r"#\d+$")
 _SPACES = b" \t\n\r\v\f"
@@ -25,7 +25,7 @@ class BadRecord(ValueError):
         self, path: str, line: int, reason: str, detail: str = "", byte: int | None = None
     ):
         self.path, self.line, self.reason, self.byte = path, line, reason, byte
-        self.place = f"{path}:{line}" + (f":{byte}" if byte is not None else "")
+        self.place = f"{visible(path)}:{line}" + (f":{byte}" if byte is not None else "")
         super().__init__(f"{self.place}: {reason}" + (f": {detail}" if detail else ""))
 
 
@@ -77,6 +77,11 @@ class Report:
         return out
 
 
+def visible(name: str) -> str:
+    """A file's name with newlines, other controls and torn characters as escapes, for a message."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def is_blank(text: bytes) -> bool:
     """Whether a text has no visible character (Unicode blanks count as blank)."""
     if text.strip(_SPACES):
@@ -117,7 +122,7 @@ def cut_documents(document: Document, report: Report) -> Iterator[Document]:
     if len(document.text) <= MAX_DOCUMENT_BYTES:
         yield report.keep(document)
         return
-    report.note("documents cut into parts of at most 64 MiB")
+    report.note("documents cut into parts of at most 16 MiB")
     for number, text in enumerate(pieces(document.text, MAX_DOCUMENT_BYTES), 1):
         name = document.id if number == 1 else f"{document.id}#{number}"
         yield report.keep(Document(name, text, document.split))

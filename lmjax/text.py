@@ -23,6 +23,7 @@ from lmjax.document import (
     invalid_utf8,
     is_blank,
     split_of,
+    visible,
 )
 from lmjax.text_bytes import BadFile
 from lmjax.text_files import DocumentRule, TextFile, nearest
@@ -209,18 +210,24 @@ def _require_file(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{visible(path)}: cannot be read ({error.strerror})") from None
     if stat.S_ISDIR(mode):
-        raise ValueError(f"{path} is a folder; did you mean {os.path.join(path, '*')!r}?")
+        raise ValueError(f"{visible(path)} is a folder; did you mean {os.path.join(path, '*')!r}?")
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is a pipe, socket or device; only regular files are read")
+        raise ValueError(
+            f"{visible(path)} is a pipe, socket or device; only regular files are read"
+        )
 
 
 def _nothing_found(pattern: str, folder: str, rest: str) -> str:
     missing = rest.split(os.sep)[0]
     names = sorted(os.listdir(folder or "."))
     near = difflib.get_close_matches(missing, names, 3, 0.0)
-    hint = f"; the nearest names there: {', '.join(near)}" if near else "; the folder is empty"
+    hint = (
+        f"; the nearest names there: {', '.join(map(visible, near))}"
+        if near
+        else "; the folder is empty"
+    )
     return f"no file matches {pattern!r}: {missing!r} is not in {os.path.abspath(folder)}{hint}"
 
 

@@ -8,6 +8,8 @@ import os
 import zlib
 from collections.abc import Iterator
 
+from lmjax.document import visible
+
 CHUNK = 1 << 20
 PACKED_CHUNK = 1 << 16  # unpacks to 66 MiB at most
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
@@ -36,7 +38,7 @@ class BadFile(ValueError):
 
     def __init__(self, path: str, reason: str):
         self.path, self.reason = path, reason
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{visible(path)}: {reason}")
 
 
 def read_chunks(path: str, encoding: str) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from lmjax.document import (
     invalid_utf8,
     is_blank,
     safe_cut,
+    visible,
 )
 from lmjax.text_bytes import CHUNK, BadFile, read_chunks
 
@@ -40,17 +41,23 @@ class TextFile:
 
     def documents(self, report: Report) -> Iterator[Document]:
         """Its documents in file order. Errors: BadRecord, BadFile (or counted, with skip_bad)."""
+        dropped, empty = report.dropped.total(), True
         for document in self._records(report):
+            empty = False
             if is_blank(document.text):
                 line = re.search(r":\d+$", document.id)
-                report.drop("empty or blank document", self.path + (line[0] if line else ""))
+                report.drop(
+                    "empty or blank document", visible(self.path) + (line[0] if line else "")
+                )
             else:
                 yield from cut_documents(document, report)
+        if empty and report.dropped.total() == dropped:
+            report.drop("file without text", visible(self.path))
 
     def _records(self, report: Report) -> Iterator[Document]:
         try:
             if os.path.getsize(self.path) == 0:
-                report.drop("empty file", self.path)
+                report.drop("empty file", visible(self.path))
                 return
             stem = self.path.removesuffix(".gz")
             if stem.endswith(".parquet"):
@@ -64,7 +71,7 @@ class TextFile:
         except BadFile as error:
             if not self.skip_bad:
                 raise
-            report.drop(error.reason, self.path)
+            report.drop(error.reason, visible(self.path))
 
     def bad(self, error: BadRecord, report: Report) -> None:
         """Raises the error of a record, or counts it where bad records are skipped."""
@@ -170,7 +177,7 @@ class _Gather:
             self.bad = False
             return
         if self.part == 2:
-            self.report.note("documents cut into parts of at most 64 MiB")
+            self.report.note("documents cut into parts of at most 16 MiB")
         name = name if self.rule == "file" else f"{name}:{self.first}"
         yield Document(name if self.part == 1 else f"{name}#{self.part}", text)
 
@@ -243,7 +250,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def _kind(value: Any) -> str:
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+    names |= {str: "a string", list: "a list"}
+    return names.get(type(value), "an object")
 
 
 def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
@@ -251,7 +259,9 @@ def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{file.path}: Parquet needs a package: pip install pyarrow") from None
+        raise ValueError(
+            f"{visible(file.path)}: Parquet needs a package: pip install pyarrow"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names

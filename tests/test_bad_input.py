@@ -227,7 +227,7 @@ def test_a_huge_line_is_cut_at_blanks_into_numbered_parts(
     assert b"".join(d.text for d in documents) == path.read_bytes()
     assert [d.id for d in documents[:3]] == ["a.txt:1", "a.txt:1#2", "a.txt:1#3"]
     assert all(len(d.text) <= 1000 and d.text.endswith(b" ") for d in documents)
-    assert report.notes["documents cut into parts of at most 64 MiB"] == 1
+    assert report.notes["documents cut into parts of at most 16 MiB"] == 1
 
 
 def test_a_line_without_blanks_is_cut_between_characters(
@@ -249,8 +249,8 @@ def test_an_endless_record_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(report.dropped.values()) == 1
 
 
-def test_the_limit_of_a_document_is_64_mib():
-    assert MAX_DOCUMENT_BYTES == 64 << 20
+def test_the_limit_of_a_document_is_16_mib():
+    assert MAX_DOCUMENT_BYTES == 16 << 20
 
 
 @pytest.mark.parametrize("name", ["a[1].txt", "a*.txt", "a\nb.txt", "a#1.txt", "-a?.txt"])
