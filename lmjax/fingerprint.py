@@ -102,7 +102,7 @@ def shards(tree: Any) -> Shards:
     else:
         devices = tuple(mesh.devices.flat)
         with jax.set_mesh(mesh):
-            parts = [_of_each_device(mesh, x.sharding.spec)(x) for x in arrays]
+            parts = [_of_each_device(mesh, _spec(x))(x) for x in arrays]
             if jax.process_count() > 1:
                 parts = _whole(mesh)(parts)
     groups = tuple(_groups(x, devices) for x in arrays)
@@ -122,6 +122,11 @@ def _mesh(arrays: Sequence[jax.Array]) -> Mesh | None:
         return None
     sharding: Any = arrays[0].sharding
     return sharding.mesh
+
+
+def _spec(x: jax.Array) -> P:
+    placing: Any = x.sharding
+    return placing.spec
 
 
 def _groups(x: jax.Array, devices: Sequence[Any]) -> tuple[tuple[int, ...], ...]:

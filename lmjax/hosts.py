@@ -91,6 +91,38 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def of_first(value: Any) -> Any:
+    """What the first process holds, on all of them; of JSON's types."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine))))
+    padded = np.resize(mine, size)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def gathered(text: str) -> list[str]:
+    """What each process says, in their order, on all of them."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    padded[: len(mine)] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
 class Agreement:
     """A yes of any process that all of them learn of at the same call, without waiting for it.
 

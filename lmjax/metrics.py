@@ -18,6 +18,7 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_FLUSH_SECONDS = 5
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _log = logging.getLogger(__name__)
 
@@ -37,13 +38,8 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8", newline="\n")
         self._tensorboard = None
         if tensorboard:
-            # Half a second to import, so only where it is wanted.
-            from tensorboardX import SummaryWriter
-
-            # TensorBoard hides the events at and after purge_step that earlier files hold.
-            purge_step = resume_step + 1 if resume_step else 0
-            folder = str(workdir / TENSORBOARD_FOLDER)
-            self._tensorboard = SummaryWriter(folder, purge_step=purge_step, flush_secs=5)
+            first = resume_step + 1 if resume_step else 0
+            self._tensorboard = _Events(workdir / TENSORBOARD_FOLDER, first)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records the `values` of `step`, on disk on return. Steps must come in rising order."""
@@ -55,8 +51,7 @@ class MetricsWriter:
         self._file.flush()
         self._last_step = step
         if self._tensorboard is not None:
-            for name, value in plain.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, plain)
 
     def close(self) -> None:
         """Flushes and closes both files; a second call does nothing."""
@@ -70,6 +65,46 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Events:
+    """TensorBoard's events of one start, written without a thread, whose errors nobody would see.
+
+    TensorBoard hides the events at and after step `first` that earlier files hold.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        # Half a second to import, so only where it is wanted.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._messages: Any = event_pb2
+        self._scalar = scalar
+        folder.mkdir(exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+        log = self._messages.SessionLog
+        self._add(first, session_log=log(status=log.START))
+        self._flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds scalars; on disk some seconds later."""
+        for name, value in values.items():
+            self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left and closes the file."""
+        self._file.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._messages.Event(step=step, wall_time=time.time(), **content)
+        self._file.write_event(event)
+
+    def _flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
 
 
 class Throughput:

@@ -2,9 +2,11 @@
 """The story of a run: prepare the data, resume or begin, step, score, save, report."""
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 
 from lmjax import cpu, hosts, recipe, sharding
 from lmjax.batches import batches
-from lmjax.checkpoint import Checkpoints, newest_step
+from lmjax.checkpoint import Checkpoints
 from lmjax.data import Prepared
 from lmjax.evaluate import Evaluator
 from lmjax.metrics import MetricsWriter, Throughput
@@ -30,6 +32,7 @@ from lmjax.step import (
     jit_train_step,
     make_train_step,
 )
+from lmjax.steps import newest_in_words, newest_step
 from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
 
 
@@ -52,21 +55,34 @@ def train(
     lock = RunLock(workdir) if hosts.is_first() else contextlib.nullcontext()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
-    with lock, sharding.use(run.mesh.mesh()):
+    with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
         run.plan().check(*run.microbatches())
         if newest_step(workdir) is not None:
             refuse_other_recipe(run, workdir, allow)
         prepared = _prepared(run, workdir, about)
         recorded = recipe.to_json(run)
-        checkpoints = Checkpoints(workdir, recorded, run.keep, print)
-        state, first = _resume_or_begin(run, checkpoints)
-        if first < run.steps:
-            with _Stop() as stop:
-                state = _loop(run, prepared, state, first, workdir, checkpoints, stop, stop_at)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(workdir, recorded, run.keep, print)) as checkpoints:
+            state, first = _resume_or_begin(run, checkpoints)
+            if first < run.steps:
+                with _Stop() as stop:
+                    state = _loop(run, prepared, state, first, workdir, checkpoints, stop, stop_at)
     if hosts.is_first():
         print(f"report: {write_report(workdir)}")
     return int(state.step)
+
+
+@contextlib.contextmanager
+def _full_disk(workdir: Path) -> Iterator[None]:
+    """Raises ValueError with the way out where a file of the run finds no space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"no space left on the disk of {workdir}; {newest_in_words(workdir)}; make space, then"
+            " start again"
+        ) from None
 
 
 def _prepared(run: Run, workdir: Path, about: dict[str, str]) -> Prepared:

@@ -12,9 +12,10 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from lmjax import sharding
-from lmjax.checkpoint import Checkpoints, folder, load_params, newest_step
+from lmjax.checkpoint import Checkpoints, load_params
 from lmjax.sharding import Layout, path_of
 from lmjax.step import State, placed
+from lmjax.steps import folder, newest_step
 
 RECIPE = {"model": {"class": "GPT", "depth": 2}, "name": "é"}
 SHAPES = {
@@ -197,27 +198,27 @@ def test_what_is_said_to_be_saved_can_be_restored_at_that_moment(tmp_path):
 
 
 class Slow:
-    """Stands for Orbax where a save takes its time or fails."""
+    """Stands for a save of Orbax that takes its time or fails."""
 
-    def __init__(self, answer: bool = True) -> None:
-        self.busy, self.answer = True, answer
+    def __init__(self, error: Exception | None = None) -> None:
+        self.busy, self.error = True, error
 
-    def save_async(self, *_, **__) -> "Slow":
+    def __call__(self, *_, **__) -> "Slow":
         return self
 
-    def is_saving_in_progress(self) -> bool:
-        return self.busy
-
-    def result(self) -> bool:
+    def result(self, timeout: float | None = None) -> None:
+        if timeout == 0 and self.busy:
+            raise TimeoutError
         self.busy = False
-        return self.answer
+        if self.error:
+            raise self.error
 
 
 def test_nothing_is_said_while_a_save_is_under_way(tmp_path, monkeypatch):
     said: list[str] = []
     checkpoints, slow = Checkpoints(tmp_path, RECIPE, 2, said.append), Slow()
-    monkeypatch.setattr(checkpoints, "_manager", slow)
-    checkpoints.save(5, State(np.int32(5), {}, ()))
+    monkeypatch.setattr(ocp, "save_async", slow)
+    checkpoints.save(5, State(jnp.int32(5), {}, ()))
     checkpoints.check()
     assert said == []
     slow.busy = False
@@ -226,12 +227,25 @@ def test_nothing_is_said_while_a_save_is_under_way(tmp_path, monkeypatch):
     assert said == ["saved step 5"]
 
 
-def test_a_save_that_fails_is_an_error_and_never_said(tmp_path, monkeypatch):
+FULL = "writing d/7f3 [source locations='a.cc:1'\nb.cc:2'] No space left on device"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_save_that_fails_is_an_error_that_names_the_last_good_step(late, tmp_path, monkeypatch):
+    with sharding.use(mesh(Layout(1, 1, 1))):
+        save(tmp_path, state_at(3))
     checkpoints = Checkpoints(tmp_path, RECIPE, 2, pytest.fail)
-    monkeypatch.setattr(checkpoints, "_manager", Slow(answer=False))
-    checkpoints.save(5, State(np.int32(5), {}, ()))
-    with pytest.raises(ValueError, match="step 5 was not saved"):
-        checkpoints.finish()
+    slow = Slow(ValueError(FULL))
+    monkeypatch.setattr(ocp, "save_async", slow if late else lambda *_, **__: slow.result())
+    wanted = (
+        "step 5 was not saved: no space left on the disk; the newest good step is 3; make space,"
+        " then start again"
+    )
+    with pytest.raises(ValueError, match=f"^{wanted}$"):
+        checkpoints.save(5, State(jnp.int32(5), {}, ()))
+        slow.busy = False
+        checkpoints.check()
+    checkpoints.close()  # it is not said twice
 
 
 def test_the_arrays_may_be_overwritten_once_save_returns(tmp_path):

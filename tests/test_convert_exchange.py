@@ -12,11 +12,12 @@ from test_convert_google import google_folder
 from tokenizers import Tokenizer
 
 from lmjax import recipe, sharding
-from lmjax.checkpoint import load_params, newest_step
+from lmjax.checkpoint import load_params
 from lmjax.convert.encoders import export_encoder, import_encoder
 from lmjax.convert.exchange import export_folder, import_folder
 from lmjax.convert.tokenizer_files import published_files, published_spec
 from lmjax.step import abstract_params, init_params
+from lmjax.steps import newest_step
 from lmjax.tokenizer import ByteBPE, SentencePiece, WordPiece, load_tokenizer
 from lmjax.workdir import recorded_run
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lmjax import recipe, sharding
-from lmjax.checkpoint import Checkpoints, load_params, newest_step
+from lmjax.checkpoint import Checkpoints, load_params
 from lmjax.convert.elmo import VOCABULARY, export_elmo, import_elmo, vocabulary_file
 from lmjax.convert.encoders import PARTS, Encoder, export_encoder, import_encoder
 from lmjax.convert.google import google_prefix
@@ -19,6 +19,7 @@ from lmjax.models.elmo import ELMo
 from lmjax.models.gpt import GPT
 from lmjax.run import Run, replace
 from lmjax.step import State, abstract_params, abstract_state, initial_carry, state_from
+from lmjax.steps import newest_step
 from lmjax.tokenizer import load_tokenizer
 from lmjax.vocabulary import read_vocabulary
 from lmjax.workdir import RunLock, record
