@@ -1,27 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by Orbax, each with a sealed manifest and verified when it is read.
+"""Checkpoints, each with a sealed manifest and verified when it is read.
 
-The only file that names Orbax. A step is a directory `checkpoints/<step>`, which appears whole or
+A step is a directory `checkpoints/<step>`, which appears whole or
 not at all; what a restore finds must have exactly the shapes and dtypes that the model wants and
 the fingerprints that were saved. Where the newest step is damaged, the newest one that verifies is
 taken; never none of them.
 """
 
 import contextlib
-import logging
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
-from lmjax import hosts, manifest, sharding
+from lmjax import disk, hosts, manifest, sharding
 from lmjax.fingerprint import fingerprints
 from lmjax.manifest import Damaged, Manifest
 from lmjax.step import State
@@ -46,7 +41,6 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, recipe: Any, keep: int, say: Say) -> None:
         """`recipe` is the JSON to record; `keep` newest steps stay; `say` reports what is safe."""
-        _quiet()
         self._workdir, self._recipe, self._say = workdir, recipe, say
         self._pending: tuple[int, Any] | None = None
         self._retention = Retention(workdir, keep)
@@ -94,11 +88,9 @@ class Checkpoints:
         for path, _ in jax.tree_util.tree_leaves_with_path(state):
             for key in path:
                 manifest.check_name(sharding.path_of((key,)))
-        content = manifest.seal(step, self._recipe, _arrays(state), fingerprints(state))
+        content = manifest.seal(step, self._recipe, disk.arrays_of(state), fingerprints(state))
         try:
-            path = str(folder(self._workdir) / str(step))
-            with jax.transfer_guard("allow"):  # processes compare their paths
-                answer = ocp.save_async(path, state, custom_metadata=content)
+            answer = disk.start_save(folder(self._workdir) / str(step), state, content)
         except Exception as error:
             raise self._failed(step, error) from None
         self._pending = (step, answer)
@@ -139,9 +131,9 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> ValueError:
         if hosts.is_first():
             clean(self._workdir)
-        way = "; make space, then start again" if "space" in _short(error).lower() else ""
+        way = "; make space, then start again" if "space" in disk.short(error).lower() else ""
         newest = newest_in_words(self._workdir)
-        return ValueError(f"step {step:,} was not saved: {_short(error)}; {newest}{way}")
+        return ValueError(f"step {step:,} was not saved: {disk.short(error)}; {newest}{way}")
 
     def close(self) -> None:
         """Finishes and lets go of the directory."""
@@ -159,7 +151,6 @@ def load_params(workdir: Path, target: Any, say: Say | None = None) -> tuple[int
       ValueError: there is no checkpoint, its parameters are not those of `target`, or all are
         damaged.
     """
-    _quiet()
     say = say or (lambda line: print(line, file=sys.stderr))
     if hosts.of_first(newest_step(workdir)) is None:
         raise ValueError(f"{workdir} holds no checkpoint yet; train first")
@@ -184,7 +175,6 @@ class Finding:
 
 def examine(workdir: Path, step: int) -> Finding:
     """Reads a whole step, some of its arrays at a time, and holds it against its manifest."""
-    _quiet()
     path = folder(workdir) / str(step)
     device = jax.local_devices(backend="cpu")[0]
     here = jax.sharding.SingleDeviceSharding(device)
@@ -195,7 +185,7 @@ def examine(workdir: Path, step: int) -> Finding:
         size = sum(x.size * x.dtype.itemsize for x in wanted)
         for part in _slices([x.size * x.dtype.itemsize for x in wanted]):
             some = [x if i in part else None for i, x in enumerate(wanted)]
-            found = _read(path, jax.tree.unflatten(form, some), partial=True)
+            found = disk.read(path, jax.tree.unflatten(form, some), partial=True)
             _compare(stored, found)
     except Damaged as error:
         return Finding(0, 0, str(error), True)
@@ -291,8 +281,8 @@ def _matched(workdir: Path, step: int, target: Any) -> tuple[Manifest, Any]:
     if partial:
         arrays = {k: v for k, v in arrays.items() if k.split("/")[0] in target}
     name = f"checkpoint {path}" if partial else f"checkpoint {step}"
-    check_shapes(arrays, _arrays(target), name)
-    return stored, _read(path, target, partial)
+    check_shapes(arrays, disk.arrays_of(target), name)
+    return stored, disk.read(path, target, partial)
 
 
 def _compare(stored: Manifest, tree: Any) -> None:
@@ -312,46 +302,13 @@ def _described(path: Path, step: int) -> tuple[Manifest, Any]:
     Raises:
       Damaged: one cannot be read, or they are not of each other.
     """
-    with _alone():
-        if not any(path.iterdir()):
-            raise Damaged("its folder is empty")
-        found: Any = ocp.metadata(str(path))
-        stored = manifest.opened(found.custom_metadata, step)
-        arrays = _arrays(found.metadata)
+    content, tree = disk.describe(path)
+    stored, arrays = manifest.opened(content, step), disk.arrays_of(tree)
     odd = [k for k in sorted({*arrays, *stored.arrays}) if arrays.get(k) != stored.arrays.get(k)]
     if odd:
-        lies = (
-            f"{_show(arrays.get(odd[0]))} is stored, {_show(stored.arrays.get(odd[0]))} was saved"
-        )
-        raise Damaged(f"of {odd[0]}, {lies}")
-    return stored, found.metadata
-
-
-def _read(path: Path, target: Any, partial: bool) -> Any:
-    with _alone(partial):
-        return ocp.load(str(path), target)
-
-
-@contextlib.contextmanager
-def _alone(partial: bool = False) -> Iterator[None]:
-    """Orbax without waiting for other processes; whatever it stumbles over is damage.
-
-    Raises:
-      Damaged: something could not be read. What is no fault of the files stays what it is.
-    """
-    context = ocp.Context()
-    context.multiprocessing.primary_host = None
-    context.multiprocessing.active_processes = {jax.process_index()}
-    context.pytree.loading.partial_load = partial
-    try:
-        with context:
-            yield
-    except (Damaged, MemoryError, PermissionError):
-        raise
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise Damaged(f"it cannot be read ({_short(error)})") from None
+        there, saved = (_show(x.get(odd[0])) for x in (arrays, stored.arrays))
+        raise Damaged(f"of {odd[0]}, {there} is stored and {saved} was saved")
+    return stored, tree
 
 
 def _slices(sizes: list[int]) -> Iterator[set[int]]:
@@ -368,46 +325,5 @@ def _slices(sizes: list[int]) -> Iterator[set[int]]:
         yield part
 
 
-def _short(error: BaseException) -> str:
-    """The first words of what a library says."""
-    text = " ".join(str(error).split("[tensorstore_spec")[0].split()) or type(error).__name__
-    if "No space left" in text or "ENOSPC" in text:
-        return "no space left on the disk"
-    return text if len(text) <= 160 else text[:157] + "…"
-
-
 def _show(array: Any) -> str:
     return "nothing" if array is None else f"{array[1]}{array[0]}"
-
-
-def _arrays(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {sharding.path_of(path): [list(x.shape), str(x.dtype)] for path, x in leaves}
-
-
-def _quiet() -> None:
-    """Keeps the libraries' own accounts of what we report from the terminal."""
-    for name in ("orbax", "absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    _quiet_strays()
-
-
-@cache
-def _quiet_strays() -> None:
-    """Where one array of many fails, what is done with the others ends as stray exceptions."""
-    report = sys.unraisablehook
-
-    def hook(stray: Any) -> None:
-        code = getattr(stray.object, "cr_code", None)
-        theirs = code is not None and "orbax" in Path(code.co_filename).parts
-        if not theirs and str(stray.exc_value) != "Event loop is closed":
-            report(stray)
-
-    report_thread = threading.excepthook
-
-    def thread_hook(failed: Any) -> None:  # what it was doing fails where its result is asked for
-        if not type(failed.thread).__module__.startswith("orbax"):
-            report_thread(failed)
-
-    sys.unraisablehook, threading.excepthook = hook, thread_hook
