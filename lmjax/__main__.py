@@ -67,18 +67,21 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Assignments]:
             name,
             help=verb.summary,
             description=verb.summary,
-            epilog=f"example:\n  {verb.example}\n\n{_KEYS_HELP}",
+            epilog=f"example:\n  {verb.example}" + (_KEYS_HELP if verb.of_experiment else ""),
             formatter_class=raw,
             allow_abbrev=False,
         )
-        sub.add_argument("experiment", metavar="EXPERIMENT", help="an experiment file")
-        sub.add_argument("--tiny", action="store_true", help="the file's toy recipe")
+        if verb.of_experiment:
+            sub.add_argument("experiment", metavar="EXPERIMENT", help="an experiment file")
+            sub.add_argument("--tiny", action="store_true", help="the file's toy recipe")
         verb.flags(sub)
     arguments, rest = parser.parse_known_args(list(argv))
     return arguments, _assignments(rest)
 
 
-_KEYS_HELP = """Any value of the recipe is a key: --steps=100 --model.depth=2 --optim.peak=1e-3
+_KEYS_HELP = """
+
+Any value of the recipe is a key: --steps=100 --model.depth=2 --optim.peak=1e-3
 --data.corpus='files:books/*.txt'. `describe EXPERIMENT` shows them all."""
 
 

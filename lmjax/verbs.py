@@ -19,12 +19,16 @@ Assignments = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: what it does, its own flags, and a function (arguments, recipe keys) → None."""
+    """A command: what it does, its own flags, and a function (arguments, recipe keys) → None.
+
+    of_experiment: its first argument is an experiment file, whose keys may follow.
+    """
 
     summary: str
     example: str
     act: Callable[[argparse.Namespace, Assignments], None]
     flags: Callable[[argparse.ArgumentParser], None]
+    of_experiment: bool = True
 
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +275,21 @@ def _plan(arguments: argparse.Namespace, keys: Assignments) -> None:
     plan_by_flags(run, arguments)
 
 
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="DIR", help="a run's directory")
+    about = "rename damaged steps, so that nothing reads them again"
+    parser.add_argument("--set-aside", action="store_true", help=about)
+
+
+def _verify(arguments: argparse.Namespace, keys: Assignments) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the arrays are read here, wherever they were trained
+    if keys:
+        raise ValueError(f"unknown flag --{keys[0][0]}: verify reads no recipe")
+    from lmjax.verify import verify
+
+    verify(_folder("workdir", arguments.workdir), arguments.set_aside)
+
+
 _EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "
 VERBS = {
     "train": Verb(
@@ -328,5 +347,12 @@ VERBS = {
         _EXAMPLE.format("export") + "--workdir=runs/gpt2 --to=exported/",
         _export,
         _export_flags,
+    ),
+    "verify": Verb(
+        "Reads every step of DIR whole and says which are what was saved.",
+        "python -m lmjax verify runs/gpt2",
+        _verify,
+        _verify_flags,
+        of_experiment=False,
     ),
 }

@@ -46,7 +46,7 @@ FLOORS = (
     "run",
     "workdir",
     "checkpoint",
-    "metrics progress charts report_page",
+    "metrics progress charts report_page verify",
     "report",
     "evaluator pseudo",
     "masked_scores word_scores",

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: which steps of a run directory are what was saved, without its experiment file."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_checkpoint import bits, mesh, restore, save
+from test_damage import edit, empty, flip_values, state_at, target
+
+import lmjax.checkpoint
+from lmjax import sharding
+from lmjax.__main__ import main
+from lmjax.sharding import Layout
+from lmjax.steps import all_steps, damaged_folders, folder
+from lmjax.verify import unequal_arrays
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> Path:
+    """Steps 1, 2 and 1000, saved by eight devices."""
+    workdir = tmp_path_factory.mktemp("three")
+    with sharding.use(mesh(Layout(2, 2, 2))):
+        save(workdir, state_at(1), state_at(2), state_at(1000), keep=3)
+    return workdir
+
+
+@pytest.fixture
+def workdir(three, tmp_path) -> Path:
+    shutil.copytree(three, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_good_steps_are_counted_with_their_arrays(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(lmjax.checkpoint, "_SLICE", 10_000)  # several slices, one array too large
+    assert main(["verify", str(workdir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # The step, Adam's count, and three parameters with two moments each.
+    size = 4 * (2 + 3 * (64 * 32 + 40 * 32 + 8))
+    assert lines[1].split() == ["1", "11", f"{size:,}", "good"]
+    assert lines[3].split() == ["1,000", "11", f"{size:,}", "good"]
+    assert lines[4] == "3 of 3 steps are good; a run goes on from step 1,000"
+
+
+def test_damaged_steps_are_named_and_left_where_they_are(workdir, capsys):
+    flip_values(folder(workdir) / "1000")
+    empty(folder(workdir) / "1")
+    assert main(["verify", str(workdir)]) == 2
+    out, err = capsys.readouterr()
+    assert err == "error: 1 of 3 steps are good; a run goes on from step 2\n"
+    lines = out.splitlines()
+    assert lines[1].split(maxsplit=1)[1] == "damaged: its folder is empty"
+    assert "damaged: the values of " in lines[3] or "damaged: it cannot be read" in lines[3]
+    assert all_steps(workdir) == [1, 2, 1000]
+
+
+def test_damaged_steps_are_set_aside_when_asked(workdir, capsys):
+    edit(folder(workdir) / "1000", lambda content: content["recipe"].update(name="x"))
+    assert main(["verify", str(workdir), "--set-aside"]) == 2
+    (name,) = damaged_folders(workdir)
+    out = capsys.readouterr().out
+    assert "damaged: its manifest was changed" in out
+    assert f"set aside as checkpoints/{name}" in out and all_steps(workdir) == [1, 2]
+    with sharding.use(mesh(Layout(1, 1, 1))):
+        assert bits(restore(workdir, target())) == bits(state_at(2))
+    assert main(["verify", str(workdir)]) == 0
+    assert f"set aside before: checkpoints/{name}" in capsys.readouterr().out
+
+
+def test_a_folder_without_steps_is_an_error(tmp_path, capsys):
+    assert main(["verify", str(tmp_path / "none")]) == 2
+    assert "none holds no step; is it a run directory?" in capsys.readouterr().err
+    (folder(tmp_path) / "damaged-3-x").mkdir(parents=True)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "only steps that were set aside: damaged-3-x" in capsys.readouterr().err
+
+
+def test_it_takes_no_keys_of_a_recipe(tmp_path, capsys):
+    assert main(["verify", str(tmp_path), "--steps=3"]) == 2
+    assert "unknown flag --steps: verify reads no recipe" in capsys.readouterr().err
+
+
+def test_two_runs_are_compared_by_their_fingerprints(three, workdir):
+    assert unequal_arrays(three, workdir, 2) == []
+    shutil.rmtree(folder(workdir) / "2")
+    other = state_at(2)
+    scale = other.params["final_norm"]["scale"]
+    other.params["final_norm"]["scale"] = scale.at[3].set(-scale[3])
+    save(workdir, other, keep=9)
+    assert unequal_arrays(three, workdir, 2) == ["params/final_norm/scale"]
+    with pytest.raises(ValueError, match="run has no step 7"):
+        unequal_arrays(workdir, three, 7)
