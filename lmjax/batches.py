@@ -143,7 +143,10 @@ class _Steps:
         first, size = self._plan.examples(int(index))
         lo, hi = self._share[0] * size // self._share[2], self._share[1] * size // self._share[2]
         make = self._makes[self._plan.stage(int(index)).phase]
-        return make(np.arange(first + lo, first + hi))
+        try:
+            return make(np.arange(first + lo, first + hi))
+        except StopIteration as error:  # would pass for the end of the run
+            raise RuntimeError(f"the examples of step {index} ended") from error
 
 
 def host_batches(
@@ -205,7 +208,7 @@ def batches(
     share = my_share()
     ahead = None
     host = host_batches(makes, plan, start, stop, share, workers)
-    for step, batch in zip(range(start, stop), host, strict=False):
+    for step, batch in zip(range(start, stop), host, strict=True):
         placed = place(batch, plan.examples(step)[1], share)
         if ahead is not None:
             yield ahead

@@ -81,13 +81,26 @@ def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None
 
 
 def check_vocabulary(run: Run, prepared: Prepared) -> None:
-    """Raises ValueError if the tokeniser has ids that the model has no rows for."""
+    """Raises ValueError for ids that the model has no rows for, and for less text than a batch."""
     tokenizer = prepared.tokenizer
     # A vocabulary of words has ids that spell the unknown ones; to the model they are one word.
     have, need = run.model.vocab, getattr(tokenizer, "words", tokenizer.vocab)
     if need > have:
         raise ValueError(
             f"the tokeniser has {need:,} ids but model.vocab={have:,}; set --model.vocab={need}"
+        )
+    split = prepared.store.splits["train"]
+    for maker, batch in zip(run.makers(), run.batch_sizes(), strict=True):
+        # An example holds `length` tokens at most, so much text needs no counting.
+        if hasattr(maker, "epoch") and split.n_tokens < 4 * batch * maker.length:
+            _check_batch(maker.epoch(split, run.seed), batch, maker.length)
+
+
+def _check_batch(examples: int, batch: int, length: int) -> None:
+    if examples < batch:
+        raise ValueError(
+            f"the train split makes {examples:,} examples of length {length:,}, fewer than one"
+            f" batch of {batch:,}; add text, or make --batch or --data.examples.length smaller"
         )
 
 

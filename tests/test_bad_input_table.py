@@ -217,7 +217,9 @@ TABLE: dict[str, Row] = {
     ),
     "JSONL, NaN elsewhere": Row({"a.jsonl": b'{"text": "a", "x": NaN}\n'}, keeps=(b"a",)),
     # names with [, *, newline, FIFO: literal paths, regular files only
-    "a name with brackets": Row({"a[1].txt": b"x\n", "a1.txt": b"y\n"}, "", (b"x",), glob="a[1].txt"),
+    "a name with brackets": Row(
+        {"a[1].txt": b"x\n", "a1.txt": b"y\n"}, "", (b"x",), glob="a[1].txt"
+    ),
     "a name with a star": Row({"a*.txt": b"x\n", "ab.txt": b"y\n"}, "", (b"x",), glob="a*.txt"),
     "a name with a newline": Row({"a\nb.txt": b"x\n"}, "", (b"x",), glob="a\nb.txt"),
     "a name that is no UTF-8": Row({"a\udcff.txt": b"x\n"}, "", (b"x",), glob="a*"),

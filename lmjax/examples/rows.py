@@ -114,6 +114,10 @@ class Rows:
         """Slots for the labels of a row's instances."""
         return SEQUENCES if self.pack else 1
 
+    def epoch(self, split: Split, seed: int = 0) -> int:
+        """Examples in the first pass over the split."""
+        return self._variants(split, seed).get(split, 0).count()
+
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these global indices (B,), as arrays (B, ...)."""
         variants = self._variants(split, seed)

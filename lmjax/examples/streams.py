@@ -90,8 +90,9 @@ class Streams:
             )
         return replace(self, streams=rows)
 
-    def epoch(self, split: Split) -> int:
-        """Examples in one pass over the split. Errors: ValueError where it is too short."""
+    def epoch(self, split: Split, seed: int = 0) -> int:
+        """Examples in one pass over the split, with any seed. Errors: ValueError where it is too
+        short."""
         return self._steps(_indexed(split)) * self.streams
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], type]]:

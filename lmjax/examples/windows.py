@@ -27,8 +27,8 @@ class Windows:
         if self.length < 1:
             raise ValueError(f"data.examples.length={self.length}: must be at least 1")
 
-    def epoch(self, split: Split) -> int:
-        """Examples in one pass over the split.
+    def epoch(self, split: Split, seed: int = 0) -> int:
+        """Examples in one pass over the split, with any seed.
 
         Raises:
           ValueError: the split is shorter than one window.
