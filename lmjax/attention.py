@@ -3,14 +3,19 @@
 
 Shapes: B batch, H heads, L queries, S keys, K head width. All kernels compute the softmax in
 float32 and agree within the rounding of the compute dtype.
+
+Over the mesh axis `sequence`, each device has the queries of its part of the row and gathers all
+keys and values, for the forward pass and again for the backward one: what rests between them is its
+own part.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmjax import sharding
@@ -63,10 +68,18 @@ def attention(
     if kernel == "cudnn":
         mixed_BHLK = _cudnn(query_BHLK, key_BHSK, value_BHSK, causal)
     else:
+        if offset is None and sharding.splits(query_BHLK.shape[2]):
+            key_BHSK, value_BHSK = _gathered(key_BHSK, value_BHSK)
         mixed_BHLK = _xla(
             query_BHLK, key_BHSK, value_BHSK, causal, segments_BL, offset, dropout, dropout_key
         )
     return checkpoint_name(mixed_BHLK, "attention")
+
+
+def _gathered(key_BHSK: jax.Array, value_BHSK: jax.Array) -> jax.Array:
+    """Keys and values (2, B, H, S, K) of all tokens on every device, sent as one."""
+    rest = P(None, sharding.BATCH_AXES, sharding.TENSOR, sharding.SEQUENCE, None)
+    return sharding.gather(jnp.stack([key_BHSK, value_BHSK]), rest, sharding.SEQUENCE)
 
 
 def _mask(
@@ -105,6 +118,7 @@ def _xla(query, key, value, causal, segments_BL, offset, dropout, dropout_key) -
     whole = functools.partial(_attend, dropout=dropout, dropout_key=dropout_key)
     mask = functools.partial(_mask, causal=causal, segments_BL=segments_BL, offset=offset)
     blockwise = causal and offset is None and not dropout and sharding.platform() == "cpu"
+    blockwise = blockwise and not sharding.splits(length)
     if not blockwise or length <= _CPU_QUERY_BLOCK:
         return whole(query, key, value, mask(0, length, keys))
     # A block of queries meets only the keys up to its end: half the work of the full square.
@@ -127,6 +141,8 @@ def _cudnn_refuses(query, segments_BL, offset, dropout) -> str | None:
         return f"needs 16-bit inputs, not {query.dtype}"
     if segments_BL is not None:
         return "has no segment mask"
+    if sharding.splits(query.shape[2]):
+        return "has no causal mask for a part of the queries (mesh.sequence)"
     return "has no cache or dropout here" if offset is not None or dropout else None
 
 
@@ -136,9 +152,16 @@ def _cudnn(query, key, value, causal) -> jax.Array:
     return jnp.swapaxes(out_BLHK, 1, 2)
 
 
+def _parts(length: int) -> int:
+    """Devices that a row's queries are split over."""
+    return sharding.axis_size(sharding.SEQUENCE) if sharding.splits(length) else 1
+
+
 def _splash_refuses(query, key, offset, dropout) -> str | None:
-    if query.shape[2] != key.shape[2] or query.shape[2] % _SPLASH_MULTIPLE:
-        return f"needs equal lengths, a multiple of {_SPLASH_MULTIPLE}"
+    length = query.shape[2]
+    if length != key.shape[2] or length % (_SPLASH_MULTIPLE * _parts(length)):
+        each = " on each device" if _parts(length) > 1 else ""
+        return f"needs equal lengths, a multiple of {_SPLASH_MULTIPLE}{each}"
     return "has no cache or dropout" if offset is not None or dropout else None
 
 
@@ -148,34 +171,70 @@ def _splash(query, key, value, causal, segments_BL) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     heads = query.shape[1] // sharding.axis_size(sharding.TENSOR)
-    length = query.shape[2]
-    block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
-    one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+    length, parts = query.shape[2], _parts(query.shape[2])
+    block, block_q = _splash_block(length), _splash_block(length // parts)
+    block_q = 512 if block_q % 512 == 0 else block_q
+    # What is not causal is the same for every part of the queries.
+    one = (
+        masks.CausalMask((length, length)) if causal else masks.FullMask((length // parts, length))
+    )
     kernel = splash.make_splash_mha(
         mask=masks.MultiHeadMask([one] * heads),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts if causal else 1,
         # Saved by name, or rematerialisation would run the forward kernel again.
         residual_checkpoint_name="attention",
         block_sizes=splash.BlockSizes(
-            block_q=min(block, 512) if length % 512 == 0 else block,
+            block_q=block_q,
             block_kv=block,
             block_kv_compute=min(block, 512) if block % 512 == 0 else block,
-            block_q_dkv=min(block, 512) if length % 512 == 0 else block,
+            block_q_dkv=block_q,
             block_kv_dkv=block,
             block_kv_dkv_compute=min(block, 512) if block % 512 == 0 else block,
             use_fused_bwd_kernel=True,
         ),
     )
 
-    def local(query, key, value, *segments):
-        ids = [splash.SegmentIds(q=s, kv=s) for s in segments]
+    def local(kernel, query, key, value, *segments):
+        ids = [splash.SegmentIds(q=q, kv=kv) for q, kv in segments]
         return jax.vmap(kernel)(query * (query.shape[-1] ** -0.5), key, value, *ids)
 
+    segments = [] if segments_BL is None else [(segments_BL, segments_BL)]
+    if parts > 1:
+        mesh: Any = sharding.mesh()
+        rows = NamedSharding(mesh, P(None, sharding.SEQUENCE))
+        mask_spec = kernel.manual_sharding_spec(rows) if causal else P()
+        return _splash_in_parts(local, mask_spec, kernel, query, key, value, *segments)
     heads_spec = P(sharding.BATCH_AXES, sharding.TENSOR, None, None)
     rows_spec = P(sharding.BATCH_AXES, None)
-    segments = [] if segments_BL is None else [segments_BL]
     mapped = sharding.map_shards(
-        local, (heads_spec,) * 3 + (rows_spec,) * len(segments), heads_spec
+        functools.partial(local, kernel),
+        (heads_spec,) * 3 + (rows_spec,) * len(segments),
+        heads_spec,
     )
     return mapped(query, key, value, *segments)
+
+
+def _splash_block(length: int) -> int:
+    return next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
+
+
+def _splash_in_parts(
+    local: Any, mask_spec: Any, kernel: Any, query, key, value, *segments
+) -> jax.Array:
+    """`local` on each device's queries and all keys, with its rows of the kernel's mask."""
+    heads_spec = P(sharding.BATCH_AXES, sharding.TENSOR, sharding.SEQUENCE, None)
+    segments_spec = (sharding.TOKENS, P(sharding.BATCH_AXES, None))
+
+    # Keys of other devices are no residuals: the backward pass gathers them again.
+    @functools.partial(jax.checkpoint, policy=lambda op, *_, **__: op.name != "all_gather")
+    def gathering(kernel, query, *key_value_segments):
+        keys = [sharding.gather_over(x, sharding.SEQUENCE, dim=2) for x in key_value_segments[:2]]
+        return local(kernel, query, *keys, *key_value_segments[2:])
+
+    mapped = sharding.map_shards(
+        gathering,
+        (mask_spec, *(heads_spec,) * 3, *(segments_spec,) * len(segments)),
+        heads_spec,
+    )
+    return mapped(kernel, query, key, value, *segments)

@@ -166,6 +166,9 @@ def stack_apply(
       repeat: how often one block is applied with the same parameters; 0 for a stack.
     """
     depth = repeat or jax.tree.leaves(params)[0].shape[0]
+    # Keys of a cache lie whole, and so do the few tokens that are added to it.
+    split = sharding.split_tokens if caches is None else sharding.split_batch
+    hidden_BLD = split(hidden_BLD)
     keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
 
     def layer(hidden_BLD: jax.Array, inputs: Any) -> Any:
@@ -174,7 +177,7 @@ def stack_apply(
         rngs = None if key is None else {"dropout": key}
         variables = {"params": weights}
         hidden_BLD, cache = block.apply(variables, hidden_BLD, cache, rngs=rngs, **shared)
-        hidden_BLD = sharding.split_batch(hidden_BLD)
+        hidden_BLD = split(hidden_BLD)
         hidden_BLD = cpu.hold(hidden_BLD)
         return hidden_BLD, (hidden_BLD if states else None, cache)
 

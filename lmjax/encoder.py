@@ -124,7 +124,7 @@ class Stack(nn.Module):
             weights = self.param("blocks", stack_init(block, self.depth, self.width))
         dropping = train and (self.dropout or self.attention_dropout)
         final_BLD, states_NBLD, _ = stack_apply(
-            block, weights, sharding.split_batch(hidden_BLE),
+            block, weights, hidden_BLE,
             dropout_key=self.make_rng("dropout") if dropping else None,
             states=states, remat=self.remat, unroll=self.unroll,
             repeat=self.depth if self.shared else 0,

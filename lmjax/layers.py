@@ -13,7 +13,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from lmjax import cpu, sharding
 
@@ -114,13 +113,12 @@ def _embed_forward(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> Any
 
 def _embed_backward(dtype: Any, saved: Any, gradient_BLD: jax.Array) -> Any:
     tokens_BL, shape = saved
-    rows_spec = P(sharding.BATCH_AXES)
     summed = sharding.map_shards(
         partial(_sum_by_token, vocab=shape[0]),
-        (rows_spec, rows_spec),
+        (sharding.TOKENS, sharding.TOKENS),
         sharding.spec("embedding", shape),
     )
-    return summed(tokens_BL, gradient_BLD), None
+    return summed(sharding.pad_tokens(tokens_BL), sharding.pad_tokens(gradient_BLD)), None
 
 
 def _sum_by_token(tokens_BL: jax.Array, gradient_BLD: jax.Array, vocab: int) -> jax.Array:
@@ -136,7 +134,7 @@ def _sum_by_token(tokens_BL: jax.Array, gradient_BLD: jax.Array, vocab: int) -> 
     row_BL = jnp.where(row_BL < 0, vocab, row_BL)  # negative indices would count from the end
     zeros_VD = jnp.zeros((vocab, gradient_BLD.shape[-1]), jnp.float32)
     table_VD = zeros_VD.at[row_BL].add(gradient_BLD.astype(jnp.float32), mode="drop")
-    return sharding.sum_over(table_VD, sharding.DATA)
+    return sharding.sum_over(table_VD, *sharding.COPIES)
 
 
 embed.defvjp(_embed_forward, _embed_backward)

@@ -188,8 +188,11 @@ def cross_entropy(
     if cut == "words" or (cut is None and words >= _LARGE):
         nll_BL, hits_BL = _cut_words(hidden_BLD, readout, targets_BL, chunk_bytes)
         return (nll_BL * weights_BL).sum(), (hits_BL * weights_BL).sum()
-    rows = _rows_per_device(hidden_BLD.shape[0])
-    chunks = _chunks(hidden_BLD.shape[1], rows * words * 4, chunk_bytes)
+    hidden_BLD, targets_BL, weights_BL = map(
+        sharding.pad_tokens, (hidden_BLD, targets_BL, weights_BL)
+    )
+    rows, length = _rows_per_device(hidden_BLD.shape[0]), _tokens_per_device(hidden_BLD.shape[1])
+    chunks = _chunks(length, rows * words * 4, chunk_bytes)
     targets = (targets_BL, weights_BL)
     table_VD, bias_V = readout.table_VD, _bias(readout)
     return _cross_entropy(hidden_BLD, table_VD, bias_V, targets, readout.rows, chunks)
@@ -201,6 +204,10 @@ def _chunk_bytes() -> int:
 
 def _rows_per_device(batch: int) -> int:
     return batch // sharding.axis_size(*sharding.BATCH_AXES)
+
+
+def _tokens_per_device(length: int) -> int:
+    return -(-length // sharding.axis_size(sharding.SEQUENCE))
 
 
 def _words_per_device(readout: Readout) -> int:
@@ -215,7 +222,7 @@ def _bias(readout: Readout) -> jax.Array:
 
 def _cut_words(hidden_BLD, readout: Readout, targets_BL, chunk_bytes: int) -> Any:
     """−log p(target) (B, L), and whether the target has the highest score."""
-    tokens = _rows_per_device(targets_BL.shape[0]) * targets_BL.shape[1]
+    tokens = _rows_per_device(targets_BL.shape[0]) * _tokens_per_device(targets_BL.shape[1])
     chunks = _chunks(_words_per_device(readout), tokens * 4, chunk_bytes)
     given = (hidden_BLD, readout.table_VD, _bias(readout), targets_BL)
     found: Any = cross_entropies(*given, readout.rows, chunks)
@@ -243,12 +250,13 @@ def _backward(rows, chunks, saved, cotangents):
     hidden_BLD, shards_VD, bias_V = saved
     spec = sharding.spec("embedding", shards_VD.shape[1:])
 
-    # Each device of the data axis has its own table gradient until here: summed beside that of
-    # the embedding, the compiler sends both as one.
+    # Each copy of the table has its own gradient until here: summed beside that of the embedding,
+    # the compiler sends both as one.
     def add_up(shard_VD, scale):
-        return sharding.sum_over(shard_VD[0] * scale, sharding.DATA)
+        return sharding.sum_over(shard_VD[0] * scale, *sharding.COPIES)
 
-    table_VD = sharding.map_shards(add_up, (P(sharding.DATA, *spec), P()), spec)(shards_VD, scale)
+    copies_spec = P(sharding.COPIES, *spec)
+    table_VD = sharding.map_shards(add_up, (copies_spec, P()), spec)(shards_VD, scale)
     return hidden_BLD * scale.astype(hidden_BLD.dtype), table_VD, bias_V * scale, None
 
 
@@ -256,14 +264,14 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _in_shards(hidden_BLD, table_VD, bias_V, targets, rows, chunks, gradients: bool):
-    """Runs `_local` on every device's rows and part of the table, and adds up."""
-    rows_spec, table_spec = P(sharding.BATCH_AXES), sharding.spec("embedding", table_VD.shape)
+    """Runs `_local` on every device's tokens and part of the table, and adds up."""
+    tokens_spec, table_spec = sharding.TOKENS, sharding.spec("embedding", table_VD.shape)
     vocab_spec = P(table_spec[0])
-    grad_specs = (rows_spec, P(sharding.DATA, *table_spec), vocab_spec) if gradients else None
+    grad_specs = (tokens_spec, P(sharding.COPIES, *table_spec), vocab_spec) if gradients else None
     local = partial(_local, rows=rows, chunks=chunks, gradients=gradients)
     return sharding.map_shards(
         local,
-        (rows_spec, table_spec, vocab_spec, (rows_spec, rows_spec)),
+        (tokens_spec, table_spec, vocab_spec, (tokens_spec, tokens_spec)),
         ((P(), P()), grad_specs),
     )(hidden_BLD, table_VD, bias_V, targets)
 
@@ -283,13 +291,13 @@ def _local(hidden_BLD, table_VD, bias_V, targets, *, rows: int, chunks: int, gra
         inputs = (split(hidden_BLD), *map(split, targets))
         hidden_grad: Any
         totals, hidden_grad = jax.lax.scan(chunked, _totals(vocab, width, gradients), inputs)
-    sums = sharding.sum_over((totals.nll, totals.hits), *sharding.BATCH_AXES)
+    sums = sharding.sum_over((totals.nll, totals.hits), *sharding.TOKEN_AXES)
     if not gradients:
         return sums, None
     if chunks > 1:
         hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(hidden_BLD.shape)
     table_grad = sharding.scatter_over(totals.table_VD, sharding.FSDP, dim=1)
-    bias_grad = sharding.sum_over(totals.bias_V, *sharding.BATCH_AXES)
+    bias_grad = sharding.sum_over(totals.bias_V, *sharding.TOKEN_AXES)
     return sums, (hidden_grad, table_grad[None], bias_grad)
 
 

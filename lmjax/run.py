@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import optax
 
+from lmjax import sharding
 from lmjax.batches import Plan, Ramp
 from lmjax.data import Data
 from lmjax.optim import Optimiser, Schedule
 from lmjax.sharding import Layout
 from lmjax.step import Loss, abstract_params
+
+_LENGTHS = ("data.examples.length", "phase2.examples.length")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,7 @@ class Run:
         if self.phase2 and hasattr(self.model, "initial_carry"):
             raise ValueError("phase2: a model that carries its state has one phase (--phase2=none)")
         context = getattr(self.model, "context", None)
-        keys = ("data.examples.length", "phase2.examples.length")
-        for key, maker in zip(keys, self.makers(), strict=False):
+        for key, maker in zip(_LENGTHS, self.makers(), strict=False):
             if context is not None and maker.length > context:
                 raise ValueError(f"{key}={maker.length} is longer than model.context={context}")
 
@@ -117,6 +119,23 @@ class Run:
             begins = round(self.steps * (1 - self.phase2.share))
             second = (begins, self.batch_sizes()[1], self.phase2.examples.length)
         return Plan(self.batch, self.data.examples.length, self.ramp, second)
+
+    def check(self) -> None:
+        """Raises ValueError for batches, or tokens of a row, that the mesh in use cannot split."""
+        self.plan().check(*self.microbatches())
+        size = sharding.axis_size(sharding.SEQUENCE)
+        if size > 1 and hasattr(self.model, "initial_carry"):
+            raise ValueError(
+                f"mesh.sequence={size}: a recurrent model reads a row word after word, so that its "
+                "tokens cannot be split; give its devices to --mesh.data or --mesh.fsdp"
+            )
+        for key, maker in zip(_LENGTHS, self.makers(), strict=False):
+            if maker.length % size:
+                raise ValueError(
+                    f"{key}={maker.length}: dimension 1 of a batch's tokens has size "
+                    f"{maker.length}, which mesh axis sequence={size} does not divide; choose "
+                    "another --mesh.sequence"
+                )
 
     def schedule(self) -> Schedule:
         """Learning rate by step."""

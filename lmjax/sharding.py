@@ -2,10 +2,14 @@
 """The mesh and the rules: the only file that names mesh axes.
 
 `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, the
-MLP's inner width and the vocabulary. Parameters rest sharded as RULES says; a layer asks
-`for_compute` for its weights, which casts them first and gathers them over `fsdp` second, so that
-what travels is the compute dtype. The compiler's own choice for narrow models is thousands of
-small permutes, which is why the gather is explicit.
+MLP's inner width and the vocabulary, `sequence` the tokens of each row. Parameters rest sharded as
+RULES says; a layer asks `for_compute` for its weights, which casts them first and gathers them over
+`fsdp` second, so that what travels is the compute dtype. The compiler's own choice for narrow
+models is thousands of small permutes, which is why the gather is explicit.
+
+Over `sequence`, activations (B, L, D) are split on L, and only attention puts keys and values
+together again. Parameters rest whole on it, so a long context takes `fsdp` beside it where they are
+large; batches of token ids are small, and come whole, too.
 """
 
 import contextlib
@@ -23,8 +27,11 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = (DATA, FSDP)
+TOKEN_AXES = (*BATCH_AXES, SEQUENCE)
+TOKENS = P(BATCH_AXES, SEQUENCE)  # of (B, L, ...)
+COPIES = (DATA, SEQUENCE)  # each device of these makes a gradient of all that fsdp gathered
 
 # (parameter path, how its last dimensions are split). Leading ones (stacked layers) are whole.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -52,11 +59,19 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Shape of the device mesh; -1 stands for all devices that the other axes leave."""
+    """Shape of the device mesh; -1 stands for all devices that the other axes leave.
+
+    Args:
+      data: parts of the batch, each with a copy of the parameters.
+      fsdp: parts of the batch that share one copy of the parameters.
+      tensor: parts of heads, inner widths and the vocabulary.
+      sequence: parts of each row's tokens, for contexts too long for one device.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     def mesh(self, devices: Any = None) -> Mesh:
         """The mesh over `devices` (default: all).
@@ -65,7 +80,7 @@ class Layout:
           ValueError: the product of the axes is not the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
-        shape = [self.data, self.fsdp, self.tensor]
+        shape = [self.data, self.fsdp, self.tensor, self.sequence]
         known = math.prod(n for n in shape if n != -1)
         if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
             raise ValueError(f"mesh {shape}: sizes are at least 1, and one of them may be -1")
@@ -74,8 +89,8 @@ class Layout:
         if math.prod(shape) != len(devices):
             named = "×".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
             raise ValueError(
-                f"mesh {named} does not fit {len(devices)} devices: the product of "
-                "--mesh.data, --mesh.fsdp and --mesh.tensor must be that number (-1: the rest)"
+                f"mesh {named} does not fit {len(devices)} devices: the product of --mesh.data, "
+                "--mesh.fsdp, --mesh.tensor and --mesh.sequence must be that number (-1: the rest)"
             )
         # Neighbours on an axis are neighbours in the torus; an axis may be a part of a torus axis
         # (data=8 × tensor=2 on 4×4), which `jax.make_mesh` refuses.
@@ -161,7 +176,7 @@ def shardings(tree: Any) -> Any:
 
 
 def batch_sharding() -> NamedSharding:
-    """Rows over every device that is not of one tensor group."""
+    """Rows over the batch axes, each row whole on its devices."""
     here = mesh()
     assert here is not None, "batches are placed under sharding.use(mesh)"
     return NamedSharding(here, P(BATCH_AXES))
@@ -187,21 +202,41 @@ def split_batch(x: jax.Array) -> jax.Array:
     return constrain(x, BATCH_AXES, *([None] * (x.ndim - 1)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather(x: jax.Array, rest: P) -> jax.Array:
-    """A parameter at rest (`rest`) gathered over `fsdp`; its gradient is scattered back."""
-    return constrain(x, *(None if a == FSDP else a for a in rest))
+def splits(length: int) -> bool:
+    """Whether tokens of rows of that length lie over `sequence`: it is there and divides them."""
+    return axis_size(SEQUENCE) > 1 and length % axis_size(SEQUENCE) == 0
 
 
-def _gather_forward(x: jax.Array, rest: P) -> tuple[jax.Array, None]:
-    return gather(x, rest), None
+def split_tokens(x: jax.Array) -> jax.Array:
+    """Activations (B, L, ...) with rows over the batch axes, and tokens over `sequence`.
+
+    L that it does not divide stays whole: training refuses it before (`Run.check`).
+    """
+    over = SEQUENCE if splits(x.shape[1]) else None
+    return constrain(x, BATCH_AXES, over, *([None] * (x.ndim - 2)))
 
 
-def _gather_backward(rest: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def pad_tokens(x: jax.Array) -> jax.Array:
+    """(B, L, ...) with zeros after the last of L until `sequence` divides it."""
+    spare = -x.shape[1] % axis_size(SEQUENCE)
+    return jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2)) if spare else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, rest: P, over: str = FSDP) -> jax.Array:
+    """What lies as `rest` says, gathered over one axis; its gradient is scattered back."""
+    return constrain(x, *(None if a == over else a for a in rest))
+
+
+def _gather_forward(x: jax.Array, rest: P, over: str) -> tuple[jax.Array, None]:
+    return gather(x, rest, over), None
+
+
+def _gather_backward(rest: P, over: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Asked for the shard at once, the compiler would split the matrix product that makes the
     # gradient into one slice a device and pass those around, in many small permutes. Whole first
     # and shard second, it sums with one reduce-scatter.
-    whole = constrain(gradient, *(None if a == FSDP else a for a in rest))
+    whole = constrain(gradient, *(None if a == over else a for a in rest))
     return (constrain(whole, *rest),)
 
 

@@ -56,7 +56,7 @@ def train(
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
     with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
-        run.plan().check(*run.microbatches())
+        run.check()
         if newest_step(workdir) is not None:
             refuse_other_recipe(run, workdir, allow)
         prepared = _prepared(run, workdir, about)

@@ -9,6 +9,7 @@ Shapes: B batch, L length, D width, V vocabulary; of one device: N tokens, W wor
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from lmjax import sharding
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropies(
     hidden_BLD: jax.Array,
     table_VD: jax.Array,
@@ -32,12 +32,21 @@ def cross_entropies(
       rows: words; rows of the table from here on are padding.
       chunks: equal parts that each device's words go through in.
     """
+    length = targets_BL.shape[1]
+    hidden_BLD, targets_BL = sharding.pad_tokens(hidden_BLD), sharding.pad_tokens(targets_BL)
+    found: Any = _cross_entropies(hidden_BLD, table_VD, bias_V, targets_BL, rows, chunks)
+    nll_BL, hits_BL = found
+    return nll_BL[:, :length], hits_BL[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropies(hidden_BLD, table_VD, bias_V, targets_BL, rows, chunks):
     return _forward(hidden_BLD, table_VD, bias_V, targets_BL, rows, chunks)[0]
 
 
 def _forward(hidden_BLD, table_VD, bias_V, targets_BL, rows, chunks):
     given = (hidden_BLD, table_VD, bias_V, targets_BL)
-    batch, table = P(sharding.BATCH_AXES), sharding.spec("embedding", table_VD.shape)
+    batch, table = sharding.TOKENS, sharding.spec("embedding", table_VD.shape)
     nll_BL, hits_BL, log_norm_BL = sharding.map_shards(
         partial(_score_words, rows=rows, chunks=chunks),
         (batch, table, P(table[0]), batch),
@@ -47,7 +56,7 @@ def _forward(hidden_BLD, table_VD, bias_V, targets_BL, rows, chunks):
 
 
 def _backward(rows, chunks, saved, cotangents):
-    batch, table = P(sharding.BATCH_AXES), sharding.spec("embedding", saved[1].shape)
+    batch, table = sharding.TOKENS, sharding.spec("embedding", saved[1].shape)
     gradients = sharding.map_shards(
         partial(_word_gradients, rows=rows, chunks=chunks),
         (batch, table, P(table[0]), batch, batch, batch),
@@ -56,7 +65,7 @@ def _backward(rows, chunks, saved, cotangents):
     return (*gradients, None)
 
 
-cross_entropies.defvjp(_forward, _backward)
+_cross_entropies.defvjp(_forward, _backward)
 
 
 def _word_chunks(table_VD, bias_V, rows: int, chunks: int):
@@ -118,6 +127,6 @@ def _word_gradients(
     words = _word_chunks(table_VD, bias_V, rows, chunks)
     hidden_grad_ND, (table, bias) = jax.lax.scan(add, jnp.zeros(hidden_ND.shape), words)
     hidden_grad_ND = sharding.sum_over(hidden_grad_ND, sharding.TENSOR).astype(hidden_BLD.dtype)
-    table_grad_VD = sharding.sum_over(table.reshape(table_VD.shape), sharding.DATA)
-    bias_grad_V = sharding.sum_over(bias.reshape(-1), *sharding.BATCH_AXES)
+    table_grad_VD = sharding.sum_over(table.reshape(table_VD.shape), *sharding.COPIES)
+    bias_grad_V = sharding.sum_over(bias.reshape(-1), *sharding.TOKEN_AXES)
     return hidden_grad_ND.reshape(hidden_BLD.shape), table_grad_VD, bias_grad_V

@@ -2,6 +2,8 @@
 """Checkpoints come back to the bit on any mesh, or are refused by the name of what differs."""
 
 import contextlib
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -24,11 +26,16 @@ SHAPES = {
     "blocks": {"mlp": {"up": {"kernel": (2, 8, 16), "bias": (2, 16)}}},
     "final_norm": {"scale": (8,)},
 }
-MESHES = {"1x1x1": Layout(1, 1, 1), "8x1x1": Layout(8, 1, 1), "2x2x2": Layout(2, 2, 2)}
+MESHES = {
+    "1x1x1": Layout(1, 1, 1),
+    "8x1x1": Layout(8, 1, 1),
+    "2x2x2": Layout(2, 2, 2),
+    "1x2x1x4": Layout(1, 2, 1, 4),
+}
 
 
 def mesh(layout: Layout):
-    return layout.mesh(jax.devices()[: layout.data * layout.fsdp * layout.tensor])
+    return layout.mesh(jax.devices()[: math.prod(dataclasses.astuple(layout))])
 
 
 def target(shapes=SHAPES, dtype=jnp.float32, optimiser=None) -> State:

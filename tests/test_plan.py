@@ -145,7 +145,7 @@ def test_a_plan_is_of_the_recipes_own_step_and_is_kept():
     assert len(said) == 2  # the batch, and half of it for the largest one
     assert found.keys() >= KEYS and found["topology"] == "v5e:2x2" and found["chips"] == 4
     assert found["fits"] and found["hbm_bytes"] == int(15.75 * 2**30)
-    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
     # Matrices are split over fsdp, so a device has between half and all of what there is.
     stored = 4 * (run.parameters() + run.model.padding)
     assert stored / 2 <= found["parameters_bytes"] < 0.6 * stored
@@ -233,7 +233,9 @@ def test_a_bad_topology_is_refused_before_anything_is_compiled(topology, message
 def test_a_shape_that_no_pod_has_and_a_mesh_that_does_not_fit_are_refused():
     with pytest.raises(ValueError, match="--topology=v5e:3x5: the compiler has none"):
         chips.devices("v5e:3x5")
-    with pytest.raises(ValueError, match="mesh data=3 × fsdp=1 × tensor=1 does not fit 4 devices"):
+    with pytest.raises(
+        ValueError, match="mesh data=3 × .*tensor=1 × sequence=1 does not fit 4 devices"
+    ):
         plan(replace(tiny(), mesh=Layout(3, 1, 1)), "v5e:2x2", say=quiet)
     with pytest.raises(ValueError, match="batch=6 cannot be split over 4 devices"):
         plan(replace(tiny(), batch=6), "v5e:2x2", say=quiet)

@@ -27,16 +27,18 @@ GPT1 = GPT(
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [
-        (Layout(), (8, 1, 1)),
-        (Layout(-1, 2, 2), (2, 2, 2)),
-        (Layout(1, -1, 1), (1, 8, 1)),
-        (Layout(2, 1, -1), (2, 1, 4)),
-        (Layout(4, 2, 1), (4, 2, 1)),
+        (Layout(), (8, 1, 1, 1)),
+        (Layout(-1, 2, 2), (2, 2, 2, 1)),
+        (Layout(1, -1, 1), (1, 8, 1, 1)),
+        (Layout(2, 1, -1), (2, 1, 4, 1)),
+        (Layout(4, 2, 1), (4, 2, 1, 1)),
+        (Layout(1, 2, 1, 4), (1, 2, 1, 4)),
+        (Layout(-1, sequence=2), (4, 1, 1, 2)),
     ],
 )
 def test_a_layout_becomes_a_mesh_of_all_devices(layout: Layout, shape: tuple[int, ...]):
     mesh = layout.mesh()
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "sequence")
     assert tuple(mesh.shape.values()) == shape
     assert set(mesh.devices.flat) == set(jax.devices())
 
@@ -49,8 +51,9 @@ def test_a_mesh_may_use_some_of_the_devices():
 @pytest.mark.parametrize(
     ("layout", "says"),
     [
-        (Layout(3, 1, 1), "data=3×fsdp=1×tensor=1 does not fit 8 devices"),
-        (Layout(-1, 3, 1), "fsdp=3×tensor=1 does not fit 8 devices"),
+        (Layout(3, 1, 1), "data=3×fsdp=1×tensor=1×sequence=1 does not fit 8 devices"),
+        (Layout(-1, 3, 1), "fsdp=3×tensor=1×sequence=1 does not fit 8 devices"),
+        (Layout(1, 1, 1, 3), r"sequence=3 does not fit 8 devices.*--mesh\.sequence"),
         (Layout(4, 4, 1), "does not fit 8 devices"),
         (Layout(-1, -1, 1), "one of them may be -1"),
         (Layout(0, 1, 1), "at least 1"),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step: the same numbers on every mesh and for any microbatches, its state donated."""
 
+import dataclasses
+import math
 from functools import cache
 
 import flax.linen as nn
@@ -36,6 +38,7 @@ MESHES = {
     "8x1x1": Layout(8, 1, 1),
     "1x8x1": Layout(1, 8, 1),
     "2x2x2": Layout(2, 2, 2),
+    "1x2x2x2": Layout(1, 2, 2, 2),
 }
 
 
@@ -62,7 +65,7 @@ def jitted_step(state, accumulate: int = 1):
 @cache
 def train(layout: Layout, steps: int, accumulate: int = 1):
     """(initial parameters, metrics of every step, last parameters, compilations) of a short run."""
-    size = layout.data * layout.fsdp * layout.tensor
+    size = math.prod(dataclasses.astuple(layout))
     with sharding.use(layout.mesh(jax.devices()[:size])):
         state = create_state(MODEL, OPTIM.transform(SCHEDULE), SEED)
         first, step = jax.device_get(state.params), jitted_step(state, accumulate)

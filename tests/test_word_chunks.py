@@ -18,6 +18,7 @@ MESHES = {
     "1x8x1": Layout(1, 8, 1),
     "2x2x2": Layout(2, 2, 2),
     "1x1x8": Layout(1, 1, 8),
+    "1x2x2x2": Layout(1, 2, 2, 2),
 }
 
 

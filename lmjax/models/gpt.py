@@ -115,7 +115,7 @@ class GPT(nn.Module):
         blocks = self.param("blocks", stack_init(block, depth, self.width))
         dropping = train and (self.dropout or self.attention_dropout)
         hidden_BLD, states_NBLD, layers = stack_apply(
-            block, blocks, sharding.split_batch(hidden_BLD), layers,
+            block, blocks, hidden_BLD, layers,
             dropout_key=self.make_rng("dropout") if dropping else None,
             states=states, remat=self.remat, unroll=self.unroll, train=train, **places,
         )  # fmt: skip

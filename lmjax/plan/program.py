@@ -116,7 +116,7 @@ def lower_step(run: Run, topology: str, phase: int = 0) -> Step:
       ValueError: the topology, or the mesh and batch on it.
     """
     with sharding.use(run.mesh.mesh(chips.devices(topology))) as mesh:
-        run.plan().check(*run.microbatches())
+        run.check()
         rows = run.batch_sizes()[phase]
         state = abstract_state(run.model, run.optimiser(), rows)
         step = make_train_step(
