@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lmjax import compilation
 from lmjax.verbs import VERBS, Assignments
 
 
@@ -17,7 +18,10 @@ def main(argv: Sequence[str]) -> int:
     _quiet_libraries()
     try:
         arguments, keys = _parse(argv)
-        VERBS[arguments.verb].act(arguments, keys)
+        verb = VERBS[arguments.verb]
+        if verb.caches:
+            compilation.turn_on()
+        verb.act(arguments, keys)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `describe … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

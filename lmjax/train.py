@@ -21,23 +21,22 @@ from lmjax.data import Prepared
 from lmjax.evaluate import Evaluator
 from lmjax.metrics import MetricsWriter, Throughput
 from lmjax.peaks import peak_flops
+from lmjax.programs import Programs
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
 from lmjax.run import Run
-from lmjax.step import (
-    State,
-    TrainStep,
-    abstract_state,
-    create_state,
-    jit_train_step,
-    make_train_step,
-)
+from lmjax.step import State, abstract_state, create_state
 from lmjax.steps import newest_in_words, newest_step
 from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
 
 
 def train(
-    run: Run, workdir: Path, about: dict[str, str], allow: tuple[str, ...] = (), stop_at: int = 0
+    run: Run,
+    workdir: Path,
+    about: dict[str, str],
+    allow: tuple[str, ...] = (),
+    stop_at: int = 0,
+    compiled: Path | None = None,
 ) -> int:
     """Trains until `run.steps`, resuming what `workdir` holds; returns the step that it reached.
 
@@ -47,6 +46,7 @@ def train(
       about: name and description of the experiment, for the records.
       allow: dotted keys that may differ from the recorded recipe.
       stop_at: leave early, after this step, as a signal would (0: never).
+      compiled: a folder of steps that `plan --save` compiled.
 
     Raises:
       ValueError: the recipe, the data or the checkpoint do not fit each other.
@@ -65,7 +65,11 @@ def train(
             state, first = _resume_or_begin(run, checkpoints)
             if first < run.steps:
                 with _Stop() as stop:
-                    state = _loop(run, prepared, state, first, workdir, checkpoints, stop, stop_at)
+                    log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
+                    programs = Programs(run, log.say, compiled)
+                    state = _loop(
+                        run, prepared, state, first, programs, log, checkpoints, stop, stop_at
+                    )
     if hosts.is_first():
         print(f"report: {write_report(workdir)}")
     return int(state.step)
@@ -103,7 +107,8 @@ def _loop(
     prepared: Prepared,
     state: State,
     first: int,
-    workdir: Path,
+    programs: Programs,
+    log: "Recorder | Silent",
     checkpoints: Checkpoints,
     stop: "_Stop",
     stop_at: int,
@@ -117,16 +122,13 @@ def _loop(
     for make in examples[1:]:
         make(np.arange(1))
     scores = [_evaluator(run, prepared, phase) for phase in phases]
-    step_fns = [_jitted_step(run, state, phase) for phase in phases]
-    log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
     agreed = hosts.Agreement()
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
 
     with contextlib.closing(log), jax.transfer_guard("disallow"):
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
-            phase = plan.stage(done - 1).phase
-            state, metrics = step_fns[phase](state, batch)
+            state, metrics = programs(done - 1, state, batch)
             if late is not None:
                 log.step(*late)
             late = (done, metrics)
@@ -135,7 +137,7 @@ def _loop(
             scoring = not stopping and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
-                score = scores[phase] if scoring else None
+                score = scores[plan.stage(done - 1).phase] if scoring else None
                 log.step(*late, held_out=score(state.params) if score else None)
                 late = None
             if saving:
@@ -147,15 +149,6 @@ def _loop(
             log.step(*late)
         checkpoints.finish()
     return state
-
-
-def _jitted_step(run: Run, state: State, phase: int) -> TrainStep:
-    """The train step of a phase; phases differ in shapes and in microbatches."""
-    accumulate = run.microbatches()[phase]
-    step = make_train_step(
-        run.model, run.loss, run.optimiser(), run.schedule(), run.seed, accumulate
-    )
-    return jit_train_step(step, state)
 
 
 def _evaluator(run: Run, prepared: Prepared, phase: int) -> Evaluator | None:
@@ -199,6 +192,10 @@ class Recorder:
                 values["mfu"] = rate * self._flops_per_token(length) / self._peak
             self._writer.write(step, values)
 
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.say(text)
+
     def close(self) -> None:
         """Flushes and closes."""
         self._bar.close()
@@ -211,6 +208,9 @@ class Silent:
     def step(self, step: int, metrics: Any, held_out: Any = None) -> None:
         """Waits until that step is done, as the recorder does."""
         jax.block_until_ready(metrics)
+
+    def say(self, text: str) -> None:
+        """One voice is enough."""
 
     def close(self) -> None:
         """There is nothing to close."""

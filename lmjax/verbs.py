@@ -29,6 +29,7 @@ class Verb:
     act: Callable[[argparse.Namespace, Assignments], None]
     flags: Callable[[argparse.ArgumentParser], None]
     of_experiment: bool = True
+    caches: bool = True  # what it compiles is worth keeping
 
 
 def _workdir(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +99,8 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
     )
+    about = "steps that `plan --save` compiled; only from a folder that is yours alone (0700)"
+    parser.add_argument("--compiled", metavar="DIR", help=about)
 
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
@@ -109,7 +112,10 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     allow = tuple(k for k in arguments.allow.split(",") if k)
     # A run goes on when nobody reads its output any more.
     with contextlib.redirect_stdout(Unbreakable(sys.stdout)), _one_voice():
-        train(run, _folder("workdir", arguments.workdir), _about(arguments), allow)
+        train(
+            run, _folder("workdir", arguments.workdir), _about(arguments), allow,
+            compiled=_folder("compiled", arguments.compiled) if arguments.compiled else None,
+        )  # fmt: skip
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
@@ -329,12 +335,14 @@ VERBS = {
         _EXAMPLE.format("describe") + "--batch=256",
         _describe,
         _describe_flags,
+        caches=False,
     ),
     "plan": Verb(
         "Compiles the step for TPUs that are not here: fit, speed, price.",
         _EXAMPLE.format("plan") + "--topology=v5e:4x4 --topology=v5p:2x2x2",
         _plan,
         _plan_flags,
+        caches=False,
     ),
     "import": Verb(
         "Starts a run directory from a folder of Hugging Face, Google (BERT) or bilm-tf (ELMo).",

@@ -102,7 +102,8 @@ def test_fifty_epochs_of_the_originals_toy_text_bring_its_perplexity_below_twent
     batch, length = 2, 10
     run = (
         ELMO, "--tiny", f"--workdir={tmp_path / 'run'}", f"--data.corpus=files:{tmp_path}/*.txt",
-        "--data.corpus.document=file", "--data.held_out=scored.txt", "--data.test=0", "--data.tokenizer.split=blanks",
+        "--data.corpus.document=file", "--data.held_out=scored.txt", "--data.test=0",
+        "--data.tokenizer.split=blanks",
         f"--data.tokenizer.path={TOY / 'vocab.txt'}", f"--data.examples.length={length}",
         f"--batch={batch}", f"--steps={50 * (len(words) + 5) // (batch * length)}",
         "--model.negatives=0", "--model.dropout=0",

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lmjax"
 
 # From the ground up. A module imports only what stands below it, never its own floor.
 FLOORS = (
-    "document hosts manifest steps",
+    "document hosts manifest steps compilation",
     "text_bytes",
     "text_files",
     "text",
@@ -26,7 +26,7 @@ FLOORS = (
     "store",
     "data",
     "recipe",
-    "sharding peaks",
+    "sharding peaks executables",
     "cpu disk fingerprint",
     "attention",
     "layers",
@@ -44,6 +44,7 @@ FLOORS = (
     "optim",
     "step",
     "run",
+    "programs",
     "workdir",
     "checkpoint",
     "metrics progress charts report_page verify",

@@ -4,6 +4,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="a JSON object a topology and nothing else")
     about = "leave out the largest batch, which takes another compilation"
     add("--quick", action="store_true", help=about)
+    about = "also write the compiled steps there, for `train --compiled=DIR` on such devices"
+    add("--save", metavar="DIR", help=about)
 
 
 def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
@@ -26,6 +29,7 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
     """
     from lmjax.plan.chips import devices
     from lmjax.plan.plan import plan
+    from lmjax.plan.program import save
     from lmjax.plan.table import table
 
     topologies = [name for group in flags.topology for name in group.split(",") if name]
@@ -44,3 +48,7 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
             print(json.dumps(results[-1]), flush=True)
     if not flags.json:
         print(table(results))
+    if flags.save:
+        for topology in dict.fromkeys(topologies):
+            for path in save(run, topology, Path(flags.save), say):
+                say(f"saved {path}, for {topology}")

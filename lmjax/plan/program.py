@@ -6,23 +6,23 @@ the operations and collectives of the program. Its cycle estimates rank variants
 they leave out kernels (Mosaic) and the time on the wires, and are no measured speed.
 """
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lmjax.plan import chips, hlo  # first: it sets what libtpu reads  # isort: skip
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from lmjax import sharding
+from lmjax import programs, sharding
+from lmjax.compilation import without_cache
 from lmjax.plan.hlo import Collective, Op
 from lmjax.run import Run
-from lmjax.step import State, abstract_state, jit_train_step, make_train_step
+from lmjax.step import State, abstract_state
 
 
 class TooLarge(Exception):
@@ -119,11 +119,7 @@ def lower_step(run: Run, topology: str, phase: int = 0) -> Step:
         run.check()
         rows = run.batch_sizes()[phase]
         state = abstract_state(run.model, run.optimiser(), rows)
-        step = make_train_step(
-            run.model, run.loss, run.optimiser(), run.schedule(), run.seed,
-            run.microbatches()[phase],
-        )  # fmt: skip
-        lowered = jit_train_step(step, state).lower(state, batch_shapes(run, phase))
+        lowered = programs.lower(run, phase, state, programs.batch_shapes(run, phase, rows))
     return Step(topology, state, mesh, lowered)
 
 
@@ -134,17 +130,18 @@ def compile_step(step: Step, options: dict[str, Any] | None = None) -> Program:
       TooLarge: it does not fit.
     """
     began = time.monotonic()
-    with sharding.use(step.mesh), _no_cache():
+    with sharding.use(step.mesh), without_cache():
         return Program(compiled(step.lowered, options), step, time.monotonic() - began)
 
 
-def batch_shapes(run: Run, phase: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of a phase, as its example maker lays it out, placed on the mesh in use."""
-    rows, placed = run.batch_sizes()[phase], sharding.batch_sharding()
-    return {
-        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
-        for name, (shape, dtype) in run.makers()[phase].arrays().items()
-    }
+def save(run: Run, topology: str, folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Writes every step of a run, compiled for a TPU topology, for `train` to load on one.
+
+    Raises:
+      ValueError: as `compile_step`; or the folder is not the user's alone.
+    """
+    with sharding.use(run.mesh.mesh(chips.devices(topology))):
+        return programs.save(run, folder, say)
 
 
 # How the compiler says so: of everything, or of what a program needs beside its arguments.
@@ -165,17 +162,3 @@ def compiled(lowered: Any, options: dict[str, Any] | None) -> Any:
             raise
         needed, available = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
         raise TooLarge(needed, available) from None
-
-
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """Without JAX's compilation cache, whose programs need a device to be read back."""
-    config: Any = jax.config
-    folder = config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()
