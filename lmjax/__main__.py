@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmjax import compilation
+from lmjax.document import redacted
 from lmjax.verbs import VERBS, Assignments
 
 
@@ -42,10 +43,10 @@ _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
 
 
 def _message(error: Exception) -> str:
-    """The error in words; one of the system's by its file, without its number."""
+    """The error in words, without secrets; one of the system's by its file, not its number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error)
+        return redacted(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return redacted(str(error))
 
 
 def _quiet_libraries() -> None:
@@ -115,5 +116,7 @@ def _leave(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    # What the locale cannot spell is escaped; no text ends a command.
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     signal.signal(signal.SIGINT, _leave)
     sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,9 @@ hosts, devices and workers sees the same batches.
 """
 
 import bisect
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -173,8 +176,20 @@ def host_batches(
 
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which we do not use
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        ahead = ahead.mp_prefetch(options)
+        ahead = ahead.mp_prefetch(options, worker_init_fn=_leave_with_parent)
     return iter(ahead)
+
+
+def _leave_with_parent(index: int, count: int) -> None:
+    """Ends this worker when the process that reads from it is gone, however it went."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def my_share() -> tuple[int, int, int]:

@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmjax.document import Document, Report, id_position, pieces, split_of, whole_id
+from lmjax.document import (
+    Document,
+    Report,
+    id_position,
+    pieces,
+    redacted,
+    split_of,
+    whole_id,
+)
 from lmjax.store import (
     TOKENIZER,
     Occupied,
@@ -187,8 +195,8 @@ def local_folder(key: str, text: str | Path) -> Path:
         raise ValueError(f"--{key}={name!r}: name a folder, such as runs/first")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", name):
         raise ValueError(
-            f"--{key}={name}: a folder of this machine is needed; mount the bucket, e.g. with"
-            " gcsfuse, and name the folder where it is mounted"
+            f"--{key}={redacted(name)}: a folder of this machine is needed; mount the bucket,"
+            " e.g. with gcsfuse, and name the folder where it is mounted"
         )
     folder = Path(os.path.expanduser(name))
     if folder.exists() and not folder.is_dir():

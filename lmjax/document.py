@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 MAX_DOCUMENT_BYTES = 16 << 20
 PLACES_KEPT = 5
 _PART = re.compile(r"#\d+$")
+# One slash as well: a Path has lost the other.
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*:/{1,3})([^\s'\"<>]+)")
 _SPACES = b" \t\n\r\v\f"
 
 
@@ -80,6 +82,16 @@ class Report:
 def visible(name: str) -> str:
     """A file's name with newlines, other controls and torn characters as escapes, for a message."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def redacted(text: str) -> str:
+    """A message without what URLs say of people: users, passwords and queries."""
+
+    def hidden(url: re.Match[str]) -> str:
+        rest = re.sub(r"^[^?#]*@", "***@", url[2])
+        return url[1] + re.sub(r"[?#].*", "?***", rest)
+
+    return _URL.sub(hidden, text)
 
 
 def is_blank(text: bytes) -> bool:

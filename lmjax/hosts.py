@@ -71,6 +71,7 @@ def join(env: Mapping[str, str] = os.environ) -> None:
     jax.distributed.initialize(
         place.address, place.count, place.index,
         initialization_timeout=max(1, int(seconds)), heartbeat_timeout_seconds=_HEARTBEAT,
+        coordinator_bind_address=place.address if _is_local(place.address) else None,
     )  # fmt: skip
 
 
@@ -275,15 +276,19 @@ def _answer(place: Place, deadline: float, seconds: float) -> None:
 def _listening(address: str) -> Iterator[socket.socket]:
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    local = host in ("127.0.0.1", "localhost", "::1")
     with socket.socket(family) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            server.bind((host if local else "", int(port)))
+            server.bind((host if _is_local(address) else "", int(port)))
         except OSError as error:
             raise ValueError(f"process 0 cannot listen at {address}: {error.strerror}") from None
         server.listen(1024)
         yield server
+
+
+def _is_local(address: str) -> bool:
+    """Whether an address is this machine's own, which no other machine needs to reach."""
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def _report(place: Place, deadline: float, seconds: float) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import types
 import typing
@@ -262,4 +263,6 @@ def defaults(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def dump(tree: Any) -> str:
     """JSON text as every file of a run directory writes it."""
-    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    # Names of files that are no UTF-8 hold lone surrogates, which no file can, but an escape.
+    return re.sub("[\ud800-\udfff]", lambda lone: ascii(lone[0])[1:-1], text)

@@ -32,6 +32,7 @@ from lmjax.store_build import (
     batches,
     building,
     is_occupied,
+    manifest_fault,
     write_durably,
 )
 from lmjax.tokenizer import Tokenizer, load_tokenizer
@@ -253,7 +254,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version = manifest["format"]
     except FileNotFoundError:
         raise damaged(path, "is missing: the store is unfinished, or none") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise damaged(path, "is not a manifest") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
@@ -261,6 +262,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise damaged(path, "was changed after the store was built")
     if version != FORMAT:
         raise damaged(path, f"has format {version}, and this lmjax reads {FORMAT}")
+    if fault := manifest_fault(manifest):
+        raise damaged(path, f"describes no store ({fault})")
     return manifest
 
 

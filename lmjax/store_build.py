@@ -18,9 +18,11 @@ from lmjax.document import Document
 from lmjax.tokenizer import Encoded, Tokenizer
 
 BATCH_BYTES = 1 << 20
+SPLITS = ("train", "validation", "test")
 COUNTS = ("documents", "tokens", "bytes", "unknown")
 _COLUMNS = {"tokens": "", "starts": "<i8", "bytes": "<i8", "ids": ""}
 _UNITS = {"sentences": "<i8", "marks": "u1"}
+_TOKEN_TYPES = {"<u2": 2, "<u4": 4}
 
 
 def is_occupied(directory: Path) -> bool:
@@ -66,7 +68,7 @@ class SplitWriter:
         opened: ExitStack,
         units: bool,
     ):
-        assert name in ("train", "validation", "test"), name
+        assert name in SPLITS, name
         self._types = {**_COLUMNS, "tokens": dtype, **(_UNITS if units else {})}
         files = {column: _HashedFile(folder / f"{name}.{column}") for column in self._types}
         self._files = {column: opened.enter_context(closing(f)) for column, f in files.items()}
@@ -121,6 +123,54 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def manifest_fault(manifest: dict[str, Any]) -> str:
+    """What a manifest says that no builder writes; "" for nothing.
+
+    A seal proves only that nothing changed by accident: names that lead elsewhere, types and sizes
+    are checked before anything is opened by them.
+    """
+    if manifest.get("dtype") not in _TOKEN_TYPES:
+        return "dtype"
+    for key in ("vocab", "eot", "unknown"):
+        value = manifest.get(key, "")
+        if not (_is_count(value) or (value is None and key != "vocab")):
+            return key
+    if not all(isinstance(manifest.get(key), list) for key in ("sources", "report")):
+        return "sources, report"
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in manifest["sources"]):
+        return "sources"
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or "spec" not in manifest or not splits.keys() <= set(SPLITS):
+        return "splits, spec"
+    for name, facts in splits.items():
+        if not isinstance(facts, dict) or not all(_is_count(facts.get(key)) for key in COUNTS):
+            return f"counts of {name}"
+        if fault := _files_fault(name, facts, _TOKEN_TYPES[manifest["dtype"]]):
+            return f"{fault} of {name}"
+    return ""
+
+
+def _files_fault(split: str, facts: dict[str, Any], width: int) -> str:
+    files = facts.get("files")
+    if not isinstance(files, dict) or files.keys() not in (set(_COLUMNS), {*_COLUMNS, *_UNITS}):
+        return "files"
+    tokens, documents = facts["tokens"], facts["documents"]
+    sizes = {"tokens": width * tokens, "starts": 8 * (documents + 1), "bytes": 8 * documents}
+    sizes["marks"] = tokens
+    for column, entry in files.items():
+        if not isinstance(entry, dict) or entry.get("name") != f"{split}.{column}":
+            return column
+        if not _is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
+            return column
+        if entry["bytes"] != sizes.get(column, entry["bytes"]):
+            return f"size of {column}"
+    return "size of sentences" if files.get("sentences", {"bytes": 0})["bytes"] % 8 else ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ import glob
 import inspect
 import os
 import platform
+import re
 import stat
 import sysconfig
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lmjax.document import (
     cut_documents,
     invalid_utf8,
     is_blank,
+    redacted,
     split_of,
     visible,
 )
@@ -179,6 +181,11 @@ def find_files(pattern: str) -> list[tuple[str, str]]:
     if os.path.lexists(pattern):
         _require_file(pattern)
         return [(pattern, _id_name(os.path.basename(pattern)))]
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
+        raise ValueError(
+            f"{redacted(pattern)}: a URL; only files of this machine are read: download it, or"
+            " mount the bucket, and name the file"
+        )
     folder = _fixed_folder(pattern)
     rest = os.path.relpath(pattern, folder) if folder else pattern
     found = glob.glob(os.path.join(glob.escape(folder), rest), recursive=True)

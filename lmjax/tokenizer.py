@@ -274,6 +274,10 @@ class CharacterTokenizer(Tokenizer, kinds=("characters",)):
     def __init__(self, directory: Path, description: dict[str, Any]):
         super().__init__(directory, description)
         listed = json.loads(read_bytes(directory / "characters.json"))
+        if not isinstance(listed, list) or len(listed) != self.vocab - 1:
+            raise ValueError(f"{directory}/characters.json: not {self.vocab - 1} characters")
+        if not all(type(c) is int and 0 <= c < 0x110000 for c in listed):
+            raise ValueError(f"{directory}/characters.json: holds what is no character")
         self._characters = np.array([0xFFFD, *listed], np.uint32)
         self._ids = np.zeros(0x110000, np.int32)
         self._ids[self._characters[1:]] = np.arange(1, self.vocab)

@@ -176,12 +176,25 @@ def load_tokenizer(directory: Path | str) -> Tokenizer:
         kind, files = Tokenizer.kinds[description["kind"]], description["files"]
         if description.pop("seal") != _seal(description) or description["format"] != _FORMAT:
             raise KeyError
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        _check(description)
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError,
+            RecursionError):  # fmt: skip
         raise ValueError(f"{path}: damaged, or of another version of lmjax") from None
     for name, digest in files.items():
         if hashlib.sha256(read_bytes(directory / name)).hexdigest() != digest:
             raise ValueError(f"{directory / name}: changed since the tokenizer was built")
     return kind(directory, description)
+
+
+def _check(description: dict[str, Any]) -> None:
+    """Raises KeyError for facts and names that `write_tokenizer` never wrote."""
+    vocab, files = description["vocab"], description["files"]
+    optional = {description["eot"], description["unknown"]} - {None}
+    ids = [*optional, *description.get("controls", {}).values()]
+    right = type(vocab) is int and all(type(i) is int and 0 <= i < vocab for i in ids)
+    plain = all(re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name) for name in files)
+    if not (right and plain and files and type(description["lossless"]) is bool):
+        raise KeyError
 
 
 def write_tokenizer(

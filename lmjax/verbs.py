@@ -151,13 +151,16 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the draws")
 
 
-def _check_text(flag: str, text: str) -> None:
-    if any("\ud800" <= c <= "\udfff" for c in text):  # how Python holds such bytes
-        raise ValueError(f"--{flag}={ascii(text)}: not valid UTF-8")
+def _text(flag: str, text: str) -> str:
+    """A text that was typed, whatever the locale made of its bytes."""
+    try:
+        return os.fsencode(text).decode()
+    except ValueError:
+        raise ValueError(f"--{flag}={ascii(text)}: not valid UTF-8") from None
 
 
 def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
-    _check_text("prompt", arguments.prompt)
+    prompt = _text("prompt", arguments.prompt)
     run = _load_recorded(arguments, keys)
     from lmjax.generate import Sampling
     from lmjax.sample import sample
@@ -170,8 +173,8 @@ def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
         seed=arguments.seed,
     )
     sample(
-        run, _folder("workdir", arguments.workdir), arguments.prompt, how,
-        tokens=arguments.tokens, beams=arguments.beams, stop=arguments.stop,
+        run, _folder("workdir", arguments.workdir), prompt, how, tokens=arguments.tokens,
+        beams=arguments.beams, stop=[_text("stop", stop) for stop in arguments.stop],
     )  # fmt: skip
 
 
@@ -183,11 +186,11 @@ def _fill_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
-    _check_text("text", arguments.text)
+    text = _text("text", arguments.text)
     run = _load_recorded(arguments, keys)
     from lmjax.fill import fill
 
-    fill(run, _folder("workdir", arguments.workdir), arguments.text, arguments.top, arguments.json)
+    fill(run, _folder("workdir", arguments.workdir), text, arguments.top, arguments.json)
 
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
@@ -198,12 +201,12 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(arguments: argparse.Namespace, keys: Assignments) -> None:
-    _check_text("text", arguments.text or "")
+    text = _text("text", arguments.text or "")
     run = _load_recorded(arguments, keys)
     from lmjax.embed_flags import embed_by_flags
     from lmjax.vectors import lines_of
 
-    texts = [arguments.text] if arguments.file is None else lines_of(Path(arguments.file))
+    texts = [text] if arguments.file is None else lines_of(Path(arguments.file))
     target = Path(arguments.target) if arguments.target else None
     workdir = _folder("workdir", arguments.workdir)
     count = embed_by_flags(run, workdir, texts, target, arguments)

@@ -17,6 +17,7 @@ from typing import Any
 
 from lmjax import recipe, sharding
 from lmjax.data import Prepared
+from lmjax.document import redacted
 from lmjax.run import Run, describe
 from lmjax.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
 
@@ -69,7 +70,7 @@ def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None
     allowed = set(allow)
     for key, old, new in changes:
         if FREE.fullmatch(key):
-            print(f"changed since the last start: {key} {old} → {new}")
+            print(redacted(f"changed since the last start: {key} {old} → {new}"))
     refused = [c for c in changes if not FREE.fullmatch(c[0]) and c[0] not in allowed]
     if refused:
         lines = [f"  {key}: {old} → {new}" for key, old, new in refused]

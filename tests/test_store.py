@@ -3,10 +3,8 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 
 from lmjax import store as module
 from lmjax import store_build
-from lmjax.data import Data, Prepared, open_prepared
+from lmjax.data import Data, Prepared
 from lmjax.document import Document, Report
 from lmjax.store import Occupied, Store, build_store, building, open_store
 from lmjax.text import BadRecord, Files, split_of
@@ -141,7 +139,16 @@ def reseal(folder: Path, change: Callable[[dict], object]) -> None:
         (lambda m: m.update(vocab=100), "ids beyond the vocabulary of 100"),
         (lambda m: m.update(format=9), "has format 9"),
         (lambda m: m.update(tokenizer="x"), "not the tokenizer that made"),
-        (lambda m: m["splits"]["train"].update(tokens=1), "manifest counts"),
+        (lambda m: m["splits"]["train"].update(tokens=1), "size of tokens of train"),
+        (lambda m: m.update(dtype="O"), "describes no store .dtype"),
+        (
+            lambda m: m["splits"].update({"../x": m["splits"]["train"]}),
+            "describes no store .splits",
+        ),
+        (lambda m: m["splits"]["train"]["files"]["ids"].update(name="/dev/zero"), "ids of train"),
+        (lambda m: m["splits"]["train"]["files"]["tokens"].update(name="../a"), "tokens of train"),
+        (lambda m: m["splits"]["test"].update(documents=True), "counts of test"),
+        (lambda m: m.pop("report"), "sources, report"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(built: Store, change, message: str):
@@ -191,60 +198,12 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer):
     assert [p.name for p in tmp_path.iterdir()] == [".s.lock"]
 
 
-BUILDER = """
-import sys, time
-from pathlib import Path
-from lmjax import store_build
-from lmjax.data import Data
-from lmjax.text import Files
-from lmjax.tokenizer import ByteBPE
-
-store_build.BATCH_BYTES = 2000
-slow = float(sys.argv[3])
-Data(Files(sys.argv[1]), ByteBPE(vocab=300), None, validation=0.2, test=0.2).prepare(
-    Path(sys.argv[2]), progress=lambda done, total: time.sleep(slow), say=lambda line: None)
-"""
-
-
-def start(corpus: Path, run: Path, slow: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILDER, str(corpus), str(run), str(slow)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1])
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus" / "a.txt"
     path.parent.mkdir()
     path.write_text("".join(f"line {i} of the corpus, é\n" for i in range(2000)))
     return path
-
-
-def wait_for(found: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_a_killed_builder_leaves_nothing_and_a_rebuild_equals_a_clean_one(corpus: Path, tmp_path):
-    assert start(corpus, tmp_path / "clean", 0).wait(60) == 0
-    run = tmp_path / "run"
-    for _ in range(2):
-        builder = start(corpus, run, 0.05)
-        wait_for(lambda: list(run.glob(".data.building-*/train.tokens")))
-        time.sleep(0.15)
-        builder.send_signal(signal.SIGKILL)
-        builder.wait()
-        assert not (run / "data").exists() and list(run.glob(".data.building-*"))
-    assert start(corpus, run, 0).wait(60) == 0
-    assert contents(run / "data") == contents(tmp_path / "clean" / "data")
-    assert not list(run.glob(".data.building-*"))
-
-
-def test_two_builders_of_one_store_end_with_one(corpus: Path, tmp_path: Path):
-    builders = [start(corpus, tmp_path / "run", 0.01) for _ in range(2)]
-    assert [builder.wait(60) for builder in builders] == [0, 0]
-    assert open_prepared(tmp_path / "run" / "data").store.splits["train"].n_documents > 1000
 
 
 def test_an_unfinished_folder_is_refused(tmp_path: Path, corpus: Path):
