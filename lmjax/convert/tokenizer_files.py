@@ -60,7 +60,7 @@ def _lowercase(path: Path) -> bool:
     said = _object(path.with_name(_CONFIG)).get("do_lower_case")
     if isinstance(said, bool):
         return said
-    pieces = path.read_text("utf-8", errors="replace").splitlines()
+    pieces = path.read_text("utf-8", errors="replace").split("\n")
     return not any(re.match(r"(##)?[A-Z]", piece) for piece in pieces)
 
 
