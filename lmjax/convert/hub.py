@@ -5,6 +5,7 @@ config.json holds the sizes, safetensors files the weights by name. Reading chec
 name and shape, so that a folder is either understood whole or refused.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -207,6 +208,8 @@ def tokenizer_contents(files: Mapping[str, bytes] | Path | None) -> dict[str, by
 def appearing(folder: Path | str) -> Iterator[Path]:
     """A folder to fill, which gets its name once the block ends without an error.
 
+    What a killed process left unfinished there is removed.
+
     Raises:
       ValueError: something is there already.
     """
@@ -214,14 +217,45 @@ def appearing(folder: Path | str) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # whoever can have it knows that we are dead
         yield temporary
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished folders of processes that are gone."""
+    form = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.tmp")
+    for path in folder.parent.iterdir():
+        found = form.fullmatch(path.name)
+        if found and path.is_dir() and not path.is_symlink() and not _runs(int(found[1])):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            except BlockingIOError:  # another machine's, at work
+                pass
+            finally:
+                os.close(handle)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return pid != os.getpid()
 
 
 def fill(
