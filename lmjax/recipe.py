@@ -154,15 +154,22 @@ def _parse(text: str, hint: Any, key: str) -> Any:
 
 def _integer(text: str, key: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
+        number = float(text) if _is_number(text) else math.nan
         if not number.is_integer():
             raise ValueError(f"--{key}={text}: a whole number is needed") from None
-        return int(number)
+    if abs(number) >= 1 << 63:
+        raise ValueError(f"--{key}={text}: a whole number below 2**63 is needed")
+    return int(number)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _float(text: str, key: str) -> float:
@@ -213,19 +220,52 @@ def from_json(recipe: Recipe, recorded: Any) -> Recipe:
     Where the recorded class is another one than the recipe's, the recipe's own value stays: only
     the experiment file can say what code runs.
     """
+    if not isinstance(recorded, dict):
+        raise ValueError(f"a recorded {type(recipe).__name__} is {_shown(recorded)}: damaged")
+    hints = typing.get_type_hints(type(recipe))
     changes = {}
     for field in fields(recipe):
         if field.name not in recorded:
             continue
         current, old = getattr(recipe, field.name), recorded[field.name]
-        if old is None:  # a part that the run went without
-            changes[field.name] = None
-        elif isinstance(old, dict) and "class" in old:
+        if isinstance(old, dict) and "class" in old:
             if dataclasses.is_dataclass(current) and type(current).__name__ == old["class"]:
                 changes[field.name] = from_json(current, old)
-        elif not callable(current) and not dataclasses.is_dataclass(current):
-            changes[field.name] = _tuples(old)
+        elif callable(current) and not dataclasses.is_dataclass(current):
+            continue
+        elif not _fits(old, hints.get(field.name, Any), dataclasses.is_dataclass(current)):
+            raise ValueError(
+                f"the recorded {field.name}={_shown(old)} of a {type(recipe).__name__} is of"
+                " another type than the field: damaged, or of another version"
+            )
+        else:
+            changes[field.name] = _tuples(old)  # None: a part that the run went without
     return _replace(recipe, **changes)
+
+
+def _fits(value: Any, hint: Any, part: bool = False) -> bool:
+    """Whether a value of JSON is of a field's type; where a `part` stands now, only None can be."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if part:
+        return value is None and type(None) in args
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, inner) for inner in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if hint in (int, float):
+        whole = type(value) is int and abs(value) < 1 << 63
+        return whole or (hint is float and type(value) is float and math.isfinite(value))
+    if hint in (bool, str):
+        return type(value) is hint
+    if origin is dict:
+        return isinstance(value, dict)
+    return hint is Any or (value is None and hint is type(None))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def _tuples(value: Any) -> Any:

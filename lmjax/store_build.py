@@ -131,7 +131,7 @@ def manifest_fault(manifest: dict[str, Any]) -> str:
     A seal proves only that nothing changed by accident: names that lead elsewhere, types and sizes
     are checked before anything is opened by them.
     """
-    if manifest.get("dtype") not in _TOKEN_TYPES:
+    if manifest.get("dtype") not in list(_TOKEN_TYPES):
         return "dtype"
     for key in ("vocab", "eot", "unknown"):
         value = manifest.get(key, "")

@@ -24,7 +24,7 @@ from lmjax.document import (
 from lmjax.text_bytes import CHUNK, BadFile, read_chunks
 
 DocumentRule = Literal["auto", "file", "blank-line", "line"]
-MAX_RECORD_BYTES = 256 << 20
+MAX_RECORD_BYTES = 64 << 20
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -201,7 +201,7 @@ def _json_documents(file: TextFile, report: Report) -> Iterator[Document]:
         try:
             if not newline and len(line) >= MAX_RECORD_BYTES // 2:
                 too_long = number
-                raise BadRecord(file.path, number, "a record of more than 256 MiB")
+                raise BadRecord(file.path, number, "a record of more than 64 MiB")
             if line.strip():
                 text = _json_text(file, number, line, decoder)
                 yield Document(f"{file.name}:{number}", text)
@@ -276,8 +276,9 @@ def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
                     yield from _parquet_row(file, report, row, value)
     except pyarrow.ArrowNotImplementedError:
         raise BadFile(file.path, f"column {file.field!r} does not hold strings") from None
-    except pyarrow.ArrowException as error:
-        raise BadFile(file.path, f"damaged or not Parquet ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise BadFile(file.path, f"damaged or not Parquet ({reason})") from None
 
 
 def _parquet_row(

@@ -6,6 +6,7 @@ import ast
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from commands import DEMO, ROOT
 from lmjax.__main__ import main
 from lmjax.batches import Plan, host_batches
 from lmjax.data import Data
-from lmjax.text import Files
+from lmjax.text import BadRecord, Files, Report
 from lmjax.tokenizer import ByteBPE, Characters, SentencePiece, Vocabulary, WordPiece
 from lmjax.units import Units
 
@@ -56,7 +57,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from lmjax.data import Data
-from lmjax.text import Files
+from lmjax.text import BadRecord, Files, Report
 from lmjax.tokenizer import *
 from lmjax.units import Units
 store = Data(Files(sys.argv[1]), {tokenizer}, None, 0, 0, units={units}).prepare(
@@ -98,15 +99,33 @@ def test_a_line_of_10_mb_stays_far_below_a_gib(tokenizer: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize(("name", "megabytes"), [("a.txt", 100), ("a.jsonl", 60)])
 @pytest.mark.parametrize("kind", ["words", "no blanks"])
 @pytest.mark.parametrize(
     "tokenizer", ["characters", "sentencepiece", "byte-bpe", "wordpiece", "words"]
 )
-def test_a_line_of_100_mb_stays_below_a_gib(tokenizer: str, kind: str, name: str, tmp_path: Path):
-    size = one_line(tmp_path / name, 100, kind)
+def test_a_line_of_100_mb_stays_below_a_gib(
+    tokenizer: str, kind: str, name: str, megabytes: int, tmp_path: Path
+):
+    """A record of JSONL may have 64 MiB; a longer one is refused by its line."""
+    size = one_line(tmp_path / name, megabytes, kind)
     kept, peak = peak_of(tokenizer, tmp_path / name, tmp_path / "run")
-    assert kept == size > 99 << 20 and peak < 1024
+    print(f"{tokenizer}, {kind}, {megabytes} MB {name}: {peak} MiB")
+    assert kept == size > (megabytes - 1) << 20 and peak < 1024
+
+
+def test_a_record_over_64_mib_is_refused_by_its_line(tmp_path: Path):
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "good"}\n{"text": "')
+        for _ in range(65):
+            file.write(b"a" * (1 << 20))
+        file.write(b'"}\n{"text": "good"}\n')
+    corpus = Files(str(tmp_path / "a.jsonl"))
+    with pytest.raises(BadRecord, match="a.jsonl:2: a record of more than 64 MiB"):
+        list(corpus.documents(Report()))
+    report = Report()
+    found = [d.text for d in replace(corpus, on_bad="skip").documents(report)]
+    assert found == [b"good"] * 2 and report.dropped == {"a record of more than 64 MiB": 1}
 
 
 # --- too little text ------------------------------------------------------------------------------
