@@ -9,6 +9,7 @@ hosts, devices and workers sees the same batches.
 import bisect
 import multiprocessing
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,35 @@ from lmjax import sharding
 
 Arrays = dict[str, np.ndarray]
 Make = Callable[[np.ndarray], Arrays]
+Spans = tuple[tuple[int, int], ...]
+
+
+def spans(text: str, current: Any = None) -> Spans:
+    """Spans [a, b) of batches as they are typed: 100:200,300:310.
+
+    Raises:
+      ValueError: something else.
+    """
+    bare = re.sub(r"[\s()\[\]]", "", text)
+    bare = re.sub(r"(\d+),(\d+)", r"\1:\2", bare) if ":" not in bare else bare
+    parts = [part.split(":") for part in bare.split(",") if part and bare != "none"]
+    if not all(len(p) == 2 and all(n.isascii() and n.isdigit() for n in p) for p in parts):
+        raise ValueError(
+            f"--skip_batches={text}: spans FIRST:END are needed, such as 100:200,300:310 (the batch"
+            " END is not one of them)"
+        )
+    return tuple((int(a), int(b)) for a, b in parts)
+
+
+def check_spans(skip: Spans) -> None:
+    """Raises ValueError for spans that are empty or overlap."""
+    end = 0
+    for a, b in sorted(skip):
+        if not 1 <= a < b:
+            raise ValueError(f"skip_batches={a}:{b}: a span FIRST:END has 1 ≤ FIRST < END")
+        if a < end:
+            raise ValueError(f"skip_batches={a}:{b} overlaps the span before it")
+        end = b
 
 
 @dataclass(frozen=True)
@@ -74,11 +104,13 @@ class Plan:
         example_tokens: int,
         ramp: Ramp | None = None,
         phase2: tuple[int, int, int] | None = None,
+        skip: Spans = (),
     ) -> None:
         """`batch` examples a step, each of `example_tokens` targets, after the ramp if any.
 
         phase2: (first step, batch, tokens an example) of a second phase, whose examples are
         counted from 0 again.
+        skip: spans of batches that no step sees, counted from 0; those behind them move up.
         """
         sizes = [] if ramp is None else list(range(ramp.start, batch, ramp.increment))
         stages, first = [], 0
@@ -94,6 +126,7 @@ class Plan:
         for stage in stages:
             self.stages.append(self._after(stage) if self.stages else stage)
         self._first_steps = [stage.first_step for stage in self.stages]
+        self._left_out = [self._examples_of(span) for span in sorted(skip)]
 
     def _after(self, stage: Stage) -> Stage:
         """A stage with the counts that the one before leaves."""
@@ -106,10 +139,43 @@ class Plan:
         """The stage that a step belongs to."""
         return self.stages[bisect.bisect_right(self._first_steps, step) - 1]
 
-    def examples(self, step: int) -> tuple[int, int]:
-        """First example of a step, counted in its phase, and how many."""
+    def examples(self, batch: int) -> tuple[int, int]:
+        """First example of a batch, counted in its phase, and how many.
+
+        Batches are numbered by the steps that would see them if none were skipped.
+        """
+        stage = self.stage(batch)
+        return stage.examples(batch), stage.size
+
+    def indices(self, step: int, lo: int = 0, hi: int | None = None) -> np.ndarray:
+        """Examples lo … hi − 1 (default: all) of those that a step sees, counted in its phase."""
         stage = self.stage(step)
-        return stage.examples(step), stage.size
+        first = stage.examples(step)
+        found = np.arange(first + lo, first + (stage.size if hi is None else hi))
+        for phase, begin, end in self._left_out:
+            if phase == stage.phase:
+                found = np.where(found >= begin, found + (end - begin), found)
+        return found
+
+    def batches_of(self, step: int) -> tuple[int, int]:
+        """The span of batches [a, b) that the examples of a step are of."""
+        phase, seen = self.stage(step).phase, self.indices(step)
+
+        def batch(example: int) -> int:
+            before = [s for s in self.stages if s.phase == phase and s.first_example <= example]
+            return before[-1].first_step + (example - before[-1].first_example) // before[-1].size
+
+        return batch(int(seen[0])), batch(int(seen[-1])) + 1
+
+    def _examples_of(self, span: tuple[int, int]) -> tuple[int, int, int]:
+        """(phase, first example, end) of a span of batches, all of one phase."""
+        first, last = self.stage(span[0]), self.stage(span[1] - 1)
+        if first.phase != last.phase:
+            raise ValueError(
+                f"skip_batches={span[0] + 1}:{span[1] + 1}: the second phase begins with batch"
+                f" {last.first_step + 1}; name those before it and from it on apart"
+            )
+        return first.phase, first.examples(span[0]), last.examples(span[1])
 
     def tokens_after(self, steps: Any) -> Any:
         """Tokens seen in that many steps; float32 when traced."""
@@ -143,11 +209,10 @@ class _Steps:
         return self._stop
 
     def __getitem__(self, index: int) -> Arrays:
-        first, size = self._plan.examples(int(index))
-        lo, hi = self._share[0] * size // self._share[2], self._share[1] * size // self._share[2]
-        make = self._makes[self._plan.stage(int(index)).phase]
+        stage = self._plan.stage(int(index))
+        lo, hi = (self._share[i] * stage.size // self._share[2] for i in (0, 1))
         try:
-            return make(np.arange(first + lo, first + hi))
+            return self._makes[stage.phase](self._plan.indices(int(index), lo, hi))
         except StopIteration as error:  # would pass for the end of the run
             raise RuntimeError(f"the examples of step {index} ended") from error
 
@@ -224,7 +289,7 @@ def batches(
     ahead = None
     host = host_batches(makes, plan, start, stop, share, workers)
     for step, batch in zip(range(start, stop), host, strict=True):
-        placed = place(batch, plan.examples(step)[1], share)
+        placed = place(batch, plan.stage(step).size, share)
         if ahead is not None:
             yield ahead
         ahead = placed

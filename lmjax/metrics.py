@@ -79,6 +79,7 @@ class _Events:
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)  # it warns of every NaN
         self._messages: Any = event_pb2
         self._scalar = scalar
         folder.mkdir(exist_ok=True)

@@ -2,14 +2,14 @@
 """Run: one training run as a value, which experiment files write down."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import optax
 
 from lmjax import sharding
-from lmjax.batches import Plan, Ramp
+from lmjax.batches import Plan, Ramp, Spans, check_spans, spans
 from lmjax.data import Data
 from lmjax.optim import Optimiser, Schedule
 from lmjax.sharding import Layout
@@ -56,6 +56,10 @@ class Run:
       evaluate_windows: windows of the split to score while training; 0 is all of them.
       save_every: steps between checkpoints; `keep` newest ones stay.
       workers: processes that read examples ahead; 0 reads in a thread.
+      skip_batches: spans (a, b) of batches a … b − 1 that no step sees, as after a spike of the
+        loss; later ones move up. Batch n is that of step n (from 1) where none are skipped.
+      max_skipped: updates in a row that are skipped, for a loss or gradient that is no finite
+        number, before the run stops; 0 is without end.
     """
 
     model: Any
@@ -75,12 +79,15 @@ class Run:
     save_every: int = 1000
     keep: int = 2
     workers: int = 0
+    skip_batches: Spans = field(default=(), metadata={"parse": spans})
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("evaluate_every", "evaluate_windows", "workers"):
+        check_spans(self.skip_batches)
+        for name in ("evaluate_every", "evaluate_windows", "workers", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.seed < 1 << 32:
@@ -118,7 +125,9 @@ class Run:
         if self.phase2:
             begins = round(self.steps * (1 - self.phase2.share))
             second = (begins, self.batch_sizes()[1], self.phase2.examples.length)
-        return Plan(self.batch, self.data.examples.length, self.ramp, second)
+        length = self.data.examples.length
+        skip = tuple((a - 1, b - 1) for a, b in self.skip_batches)
+        return Plan(self.batch, length, self.ramp, second, skip)
 
     def check(self) -> None:
         """Raises ValueError for batches, or tokens of a row, that the mesh in use cannot split."""

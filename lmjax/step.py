@@ -106,7 +106,8 @@ def make_train_step(
     """`train_step(state, batch) → (state, metrics)`, to be jitted with the state donated.
 
     The metrics are the loss's means, their total as `loss`, the norm of its gradient before
-    clipping, and the learning rate.
+    clipping, the learning rate, and `skipped`: 1 where the loss or that norm is no finite number.
+    Such a step is counted and changes nothing else: no parameter, no moment, not what is carried.
 
     Args:
       accumulate: microbatches per step; only memory depends on it.
@@ -124,7 +125,7 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         drawn = sparse.draw(model, batch, key)
-        params, opt_state = sparse.take((state.params, state.opt_state), drawn)
+        before = params, opt_state = sparse.take((state.params, state.opt_state), drawn)
         means, gradients, carry = _gradients(
             partial(sums, {} if drawn is None else drawn.batch),
             whole,
@@ -134,15 +135,22 @@ def make_train_step(
             state.carry,
             accumulate,
         )
-        norm = optax.tree.norm(gradients)
+        loss, norm = whole(means), optax.tree.norm(gradients)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimiser.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        params, opt_state = sparse.put((state.params, state.opt_state), (params, opt_state), drawn)
-        metrics = {"loss": whole(means), **means, "gradient_norm": norm}
-        metrics["learning_rate"] = schedule(state.step)
+        after = (optax.apply_updates(params, updates), opt_state)
+        after, carry = _either(sound, (after, carry), (before, state.carry))
+        params, opt_state = sparse.put((state.params, state.opt_state), after, drawn)
+        metrics = {"loss": loss, **means, "gradient_norm": norm}
+        metrics |= {"learning_rate": schedule(state.step), "skipped": 1.0 - sound}
         return State(state.step + 1, params, opt_state, carry), metrics
 
     return train_step
+
+
+def _either(sound: jax.Array, new: Any, old: Any) -> Any:
+    """`new`, or `old` where the step is not sound; element by element, so in place if donated."""
+    return jax.tree.map(lambda x, y: jax.lax.select(sound, x, y), new, old)
 
 
 def jit_train_step(step: TrainStep, state: State) -> TrainStep:

@@ -25,9 +25,17 @@ from lmjax.programs import Programs
 from lmjax.progress import Progress, Work
 from lmjax.report import write_report
 from lmjax.run import Run
+from lmjax.skips import Skips
 from lmjax.step import State, abstract_state, create_state
 from lmjax.steps import newest_in_words, newest_step
-from lmjax.workdir import RunLock, check_vocabulary, keep_tokenizer, record, refuse_other_recipe
+from lmjax.workdir import (
+    RunLock,
+    check_vocabulary,
+    keep_tokenizer,
+    record,
+    refuse_other_recipe,
+    refuse_skipping_the_past,
+)
 
 
 def train(
@@ -57,8 +65,10 @@ def train(
         cpu.keep_freed_memory()
     with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
         run.check()
-        if newest_step(workdir) is not None:
+        newest = newest_step(workdir)
+        if newest is not None:
             refuse_other_recipe(run, workdir, allow)
+            refuse_skipping_the_past(run, workdir, newest)
         prepared = _prepared(run, workdir, about)
         recorded = recipe.to_json(run)
         with contextlib.closing(Checkpoints(workdir, recorded, run.keep, print)) as checkpoints:
@@ -68,8 +78,9 @@ def train(
                     log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
                     programs = Programs(run, log.say, compiled)
                     state = _loop(
-                        run, prepared, state, first, programs, log, checkpoints, stop, stop_at
-                    )
+                        run, prepared, state, first, workdir, programs, log, checkpoints, stop,
+                        stop_at,
+                    )  # fmt: skip
     if hosts.is_first():
         print(f"report: {write_report(workdir)}")
     return int(state.step)
@@ -107,6 +118,7 @@ def _loop(
     prepared: Prepared,
     state: State,
     first: int,
+    workdir: Path,
     programs: Programs,
     log: "Recorder | Silent",
     checkpoints: Checkpoints,
@@ -122,15 +134,22 @@ def _loop(
     for make in examples[1:]:
         make(np.arange(1))
     scores = [_evaluator(run, prepared, phase) for phase in phases]
+    skips = Skips(run, prepared, workdir, checkpoints.finish)
     agreed = hosts.Agreement()
     late: tuple[int, Any] | None = None  # the step before: fetched while this one runs
+
+    def settle(step: int, metrics: Any, held_out: dict[str, float] | None = None) -> None:
+        """Waits until a step is done; what it measured is written down, and judged."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        log.step(step, values, held_out)
+        skips.step(step, values)
 
     with contextlib.closing(log), jax.transfer_guard("disallow"):
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
             state, metrics = programs(done - 1, state, batch)
             if late is not None:
-                log.step(*late)
+                settle(*late)
             late = (done, metrics)
             stopping = agreed(bool(stop))
             last = done == run.steps or done == stop_at or stopping
@@ -138,7 +157,7 @@ def _loop(
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line
                 score = scores[plan.stage(done - 1).phase] if scoring else None
-                log.step(*late, held_out=score(state.params) if score else None)
+                settle(*late, held_out=score(state.params) if score else None)
                 late = None
             if saving:
                 checkpoints.save(done, state)
@@ -146,7 +165,7 @@ def _loop(
             if last:
                 break
         if late is not None:
-            log.step(*late)
+            settle(*late)
         checkpoints.finish()
     return state
 
@@ -171,21 +190,20 @@ class Recorder:
         self._throughput = Throughput()
         self._bar = Progress(run.steps, first, run.batch * run.data.examples.length)
 
-    def step(self, step: int, metrics: Any, held_out: dict[str, float] | None = None) -> None:
-        """Metrics after `step` steps, and the validation scores if it was scored then.
-
-        Waits until that step is done.
-        """
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def step(
+        self, step: int, values: dict[str, float], held_out: dict[str, float] | None = None
+    ) -> None:
+        """What was measured in step `step`, and the validation scores if it was scored then."""
         tokens = self._plan.tokens_after(step)
         rate = self._throughput.update(tokens - self._plan.tokens_after(step - 1))
         held_out_loss = held_out["loss"] if held_out else None
         self._bar.update(step, values["loss"], rate, held_out_loss)
         if held_out is not None:
             means = {k: v for k, v in held_out.items() if not k.endswith("_weight")}
-            values |= {f"held_out_{name}": value for name, value in means.items()}
+            values = values | {f"held_out_{name}": value for name, value in means.items()}
             self._throughput.restart()
-        if held_out is not None or step % self._every == 0 or step == self._steps:
+        logged = step % self._every == 0 or step == self._steps or values["skipped"]
+        if held_out is not None or logged:
             values |= {"tokens": tokens, "tokens_per_second": rate}
             if self._peak:  # model FLOPs utilisation
                 length = self._plan.stage(step - 1).example_tokens
@@ -205,9 +223,8 @@ class Recorder:
 class Silent:
     """The recorder of the processes that write nothing."""
 
-    def step(self, step: int, metrics: Any, held_out: Any = None) -> None:
-        """Waits until that step is done, as the recorder does."""
-        jax.block_until_ready(metrics)
+    def step(self, step: int, values: Any, held_out: Any = None) -> None:
+        """There is nothing to write."""
 
     def say(self, text: str) -> None:
         """One voice is enough."""

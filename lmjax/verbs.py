@@ -299,6 +299,19 @@ def _verify(arguments: argparse.Namespace, keys: Assignments) -> None:
     verify(_folder("workdir", arguments.workdir), arguments.set_aside)
 
 
+def _batch_flags(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser)
+    parser.add_argument("step", type=int, metavar="STEP", help="as metrics.jsonl counts, from 1")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _batch(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load_recorded(arguments, keys)
+    from lmjax.seen import show_batch
+
+    show_batch(run, _folder("workdir", arguments.workdir), arguments.step, arguments.json)
+
+
 _EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "
 VERBS = {
     "train": Verb(
@@ -358,6 +371,12 @@ VERBS = {
         _EXAMPLE.format("export") + "--workdir=runs/gpt2 --to=exported/",
         _export,
         _export_flags,
+    ),
+    "batch": Verb(
+        "Prints the documents that a step saw.",
+        _EXAMPLE.format("batch") + "1234 --workdir=runs/tiny",
+        _batch,
+        _batch_flags,
     ),
     "verify": Verb(
         "Reads every step of DIR whole and says which are what was saved.",

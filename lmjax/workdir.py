@@ -18,12 +18,13 @@ from typing import Any
 from lmjax import recipe, sharding
 from lmjax.data import Prepared
 from lmjax.document import redacted
-from lmjax.run import Run, describe
+from lmjax.run import Run, describe, replace
 from lmjax.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
 
 # What may change between two starts of one run: nothing here changes what a step computes.
 FREE = re.compile(
     r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
+    r"|max_skipped"
     r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
 )
 _PARTS = ("model", "data", "loss", "optim")
@@ -78,6 +79,19 @@ def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None
         raise ValueError(
             f"{workdir} was trained with another recipe:\n" + "\n".join(lines) + "\n"
             f"Restore these values, choose another --workdir, or name them: --allow={keys}"
+        )
+
+
+def refuse_skipping_the_past(run: Run, workdir: Path, step: int) -> None:
+    """Raises ValueError if `skip_batches` changes what steps up to `step` have seen."""
+    old = recorded_run(workdir).get("skip_batches", [])
+    before = replace(run, skip_batches=tuple((a, b) for a, b in old))
+    if step and run.plan().indices(step - 1)[-1] != before.plan().indices(step - 1)[-1]:
+        end = before.plan().batches_of(step - 1)[1]
+        raise ValueError(
+            f"skip_batches={run.skip_batches}: {workdir} stands at step {step:,} and has seen the"
+            f" batches up to {end:,} (with skip_batches={before.skip_batches}); skip later ones, or"
+            f" move newer steps out of {workdir / 'checkpoints'} to go on from an older one"
         )
 
 

@@ -120,6 +120,21 @@ class Rows:
 
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The rows with these global indices (B,), as arrays (B, ...)."""
+        return _assemble(split, self, self._parts(split, seed, examples), len(examples))
+
+    def places(self, split: Split, seed: int, examples: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Of each row, the stretches [a, b) of the split's tokens that it reads."""
+        part = self._parts(split, seed, examples)
+        found: list[list[tuple[int, int]]] = [[] for _ in examples]
+        a_from, a_size, b_from, b_size, _ = part.ranges
+        for at, row in enumerate(part.row_M):
+            for start, size in ((a_from[at], a_size[at]), (b_from[at], b_size[at])):
+                if size:
+                    found[row].append((int(start), int(start + size)))
+        return found
+
+    def _parts(self, split: Split, seed: int, examples: np.ndarray) -> "_Part":
+        """The instances of these rows."""
         variants = self._variants(split, seed)
         passes, which, places = variants.locate(split, examples.astype(np.int64))
         parts = []
@@ -130,7 +145,7 @@ class Rows:
             order = permute(places[here], variant.count(), mix(seed, int(pass_), _OF_ORDER))
             masks = (number, _OF_STATIC_MASKS) if self.static else (int(pass_), _OF_MASKS)
             parts.append(_take(variant, order, here, mix(seed, *masks)))
-        return _assemble(split, self, _joined(parts), len(examples))
+        return _joined(parts)
 
     def held_out_count(self, split: Split) -> int:
         """Rows that show the split once."""

@@ -114,6 +114,25 @@ class Streams:
         their characters are the same, and always if they are in the same call.
         """
         text = _indexed(split)
+        return self._arrays(text, self._words(text, seed, examples), examples)
+
+    def places(self, split: Split, seed: int, examples: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Of each row, the stretches [a, b) of the split's tokens that it reads, both directions.
+
+        Words that follow each other in the text are one stretch.
+        """
+        text = _indexed(split)
+        found = []
+        for words_XL in self._words(text, seed, examples):
+            row = set()
+            for words in words_XL:
+                cuts = np.flatnonzero(np.diff(words) != 1) + 1
+                row |= {(int(run[0]), int(run[-1]) + 1) for run in np.split(words, cuts)}
+            found.append([text.stretch(*run) for run in sorted(row)])
+        return found
+
+    def _words(self, text: "_Text", seed: int, examples: np.ndarray) -> np.ndarray:
+        """The words (B, X, L) of these rows, by their number in the text."""
         per_epoch = self._steps(text)
         steps, rows = np.divmod(examples.astype(np.int64), self.streams)
         epochs, steps = np.divmod(steps, per_epoch)
@@ -124,7 +143,7 @@ class Streams:
             for direction in range(2):
                 order = text.order(self.shuffle, self._key(seed, int(epoch), direction))
                 words[here, direction] = order.words(places[here])
-        return self._arrays(text, words, examples)
+        return words
 
     def held_out_count(self, split: Split) -> int:
         """Rows that score each word and end of a sentence once."""
@@ -256,6 +275,14 @@ class _Text:
         order = np.cumsum(tokens < self._words + BYTES, axis=1, dtype=np.int8)
         within = (order <= (wanted - self._blocks[block])[:, None]).sum(1)
         return (block * _BLOCK + within).reshape(words.shape)
+
+    def stretch(self, first: int, end: int) -> tuple[int, int]:
+        """The tokens of words first … end − 1, as a stretch of the stream."""
+        begin, last = self._places(np.array([first, end - 1])).tolist()
+        words = self._words + BYTES
+        while last + 1 < len(self._tokens) and self._tokens[last + 1] >= words:
+            last += 1
+        return begin, last + 1
 
     def ids(self, places: np.ndarray) -> np.ndarray:
         """The words at these places, int32, unknown ones as <UNK>."""

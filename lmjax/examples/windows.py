@@ -48,6 +48,18 @@ class Windows:
 
     def train(self, split: Split, seed: int, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The examples with these global indices (B,), as arrays (B, L)."""
+        return self._cut(split, self._starts(split, seed, examples))
+
+    def places(self, split: Split, seed: int, examples: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Of each example, the stretches [a, b) of the split's tokens that it reads."""
+        total, found = len(split.tokens), []
+        for start in self._starts(split, seed, examples) % total:
+            end = int(start) + self.length + 1
+            found.append([(int(start), min(end, total)), *([(0, end - total)] * (end > total))])
+        return found
+
+    def _starts(self, split: Split, seed: int, examples: np.ndarray) -> np.ndarray:
+        """Where these windows begin in the stream, which goes on behind its end; int64 (B,)."""
         per_epoch = self.epoch(split)
         epochs, places = np.divmod(examples.astype(np.int64), per_epoch)
         starts = np.empty(len(examples), np.int64)
@@ -56,7 +68,7 @@ class Windows:
             order = permute(places[here], per_epoch, mix(seed, int(epoch)))
             offset = mix(seed, int(epoch), 1) % self.length
             starts[here] = offset + order * self.length
-        return self._cut(split, starts)
+        return starts
 
     def held_out_count(self, split: Split) -> int:
         """Windows that cover the split once."""
