@@ -17,7 +17,8 @@ from typing import Any
 import jax
 
 from lmjax import disk, hosts, manifest, sharding
-from lmjax.fingerprint import fingerprints
+from lmjax.fingerprint import fingerprints, shards
+from lmjax.hardware import devices_of
 from lmjax.manifest import Damaged, Manifest
 from lmjax.step import State
 from lmjax.steps import (
@@ -88,7 +89,14 @@ class Checkpoints:
         for path, _ in jax.tree_util.tree_leaves_with_path(state):
             for key in path:
                 manifest.check_name(sharding.path_of((key,)))
-        content = manifest.seal(step, self._recipe, disk.arrays_of(state), fingerprints(state))
+        found = shards(state)
+        if odd := found.odd_replicas():
+            self._say(
+                f"step {step:,}: replicas of {odd[0][0]} differ: {devices_of(odd)};"
+                " --check_every=1 stops the run where they begin to"
+            )
+        arrays, prints = disk.arrays_of(state), found.fingerprints()
+        content = manifest.seal(step, self._recipe, arrays, prints)
         try:
             answer = disk.start_save(folder(self._workdir) / str(step), state, content)
         except Exception as error:

@@ -17,7 +17,17 @@ from lmjax.step import State, abstract_state, jit_train_step, make_train_step
 Say = Callable[[str], None]
 
 # What the compiled step does not know of; the mesh is told by the devices.
-_OUTSIDE = ("log_every", "evaluate_every", "evaluate_windows", "save_every", "keep", "workers")
+_OUTSIDE = (
+    "log_every",
+    "evaluate_every",
+    "evaluate_windows",
+    "save_every",
+    "keep",
+    "workers",
+    "skip_batches",
+    "max_skipped",
+    "check_every",
+)
 
 
 class Programs:

@@ -60,6 +60,8 @@ class Run:
         loss; later ones move up. Batch n is that of step n (from 1) where none are skipped.
       max_skipped: updates in a row that are skipped, for a loss or gradient that is no finite
         number, before the run stops; 0 is without end.
+      check_every: steps between checks of the hardware: replicas compared, the step computed twice;
+        needs room for a second state. 0 is never.
     """
 
     model: Any
@@ -81,13 +83,15 @@ class Run:
     workers: int = 0
     skip_batches: Spans = field(default=(), metadata={"parse": spans})
     max_skipped: int = 10
+    check_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         check_spans(self.skip_batches)
-        for name in ("evaluate_every", "evaluate_windows", "workers", "max_skipped"):
+        counts = ("evaluate_every", "evaluate_windows", "workers", "max_skipped", "check_every")
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.seed < 1 << 32:

@@ -19,6 +19,7 @@ from lmjax.batches import batches
 from lmjax.checkpoint import Checkpoints
 from lmjax.data import Prepared
 from lmjax.evaluate import Evaluator
+from lmjax.hardware import checked_step
 from lmjax.metrics import MetricsWriter, Throughput
 from lmjax.peaks import peak_flops
 from lmjax.programs import Programs
@@ -147,7 +148,10 @@ def _loop(
     with contextlib.closing(log), jax.transfer_guard("disallow"):
         steps = batches(examples, plan, first, run.steps, run.workers)
         for done, batch in zip(itertools.count(first + 1), steps, strict=False):
-            state, metrics = programs(done - 1, state, batch)
+            if _due(done, run.check_every):
+                state, metrics = checked_step(partial(programs, done - 1), state, batch, done)
+            else:
+                state, metrics = programs(done - 1, state, batch)
             if late is not None:
                 settle(*late)
             late = (done, metrics)

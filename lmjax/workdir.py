@@ -24,7 +24,7 @@ from lmjax.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
 # What may change between two starts of one run: nothing here changes what a step computes.
 FREE = re.compile(
     r"(steps|accumulate|log_every|evaluate_every|evaluate_windows|save_every|keep|workers"
-    r"|max_skipped"
+    r"|max_skipped|check_every"
     r"|mesh\.\w+|model\.(kernel|remat|unroll)|data\.store|data\.corpus\.data_dir)"
 )
 _PARTS = ("model", "data", "loss", "optim")

@@ -43,7 +43,7 @@ FLOORS = (
     "batches",
     "optim",
     "step",
-    "run",
+    "hardware run",
     "programs",
     "workdir seen",
     "checkpoint skips",

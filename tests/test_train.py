@@ -149,7 +149,9 @@ def test_mesh_shapes_see_the_same_losses(text, unbroken, tmp_path):
     for devices, mesh in ((8, "--mesh.fsdp=8"), (8, "--mesh.fsdp=2")):
         workdir = tmp_path / mesh[2:]
         tensor = "--mesh.tensor=2" if mesh.endswith("2") else "--mesh.tensor=1"
-        lmjax(*tiny(workdir, text, *STEPS, mesh, tensor), devices=devices)
+        check = "--check_every=8"  # a clean run raises no alarm, and computes the same
+        out, _ = lmjax(*tiny(workdir, text, *STEPS, mesh, tensor, check), devices=devices)
+        assert out.count(": computed twice, equal on 8 devices") == 3
         ours = [line["loss"] for line in read_metrics(workdir)]
         theirs = [line["loss"] for line in read_metrics(unbroken)]
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
