@@ -43,7 +43,7 @@ class Programs:
         self._shape: Any = None
         self._program: Any = None
 
-    def __call__(self, step: int, state: State, batch: dict[str, jax.Array]) -> Any:
+    def __call__(self, step: int, state: State, batch: Any) -> Any:
         """Step number `step`, from 0."""
         stage = self._plan.stage(step)
         shape = _shape(self._run, stage)
