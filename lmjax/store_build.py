@@ -137,6 +137,8 @@ def manifest_fault(manifest: dict[str, Any]) -> str:
         value = manifest.get(key, "")
         if not (_is_count(value) or (value is None and key != "vocab")):
             return key
+    if not isinstance(manifest.get("tokenizer"), str):
+        return "tokenizer"
     if not all(isinstance(manifest.get(key), list) for key in ("sources", "report")):
         return "sources, report"
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in manifest["sources"]):

@@ -276,7 +276,7 @@ def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
                     yield from _parquet_row(file, report, row, value)
     except pyarrow.ArrowNotImplementedError:
         raise BadFile(file.path, f"column {file.field!r} does not hold strings") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise BadFile(file.path, f"damaged or not Parquet ({reason})") from None
 

@@ -193,7 +193,8 @@ def _check(description: dict[str, Any]) -> None:
     ids = [*optional, *description.get("controls", {}).values()]
     right = type(vocab) is int and all(type(i) is int and 0 <= i < vocab for i in ids)
     plain = all(re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name) for name in files)
-    if not (right and plain and files and type(description["lossless"]) is bool):
+    right &= isinstance(files, dict) and type(description["lossless"]) is bool
+    if not (right and plain and files):
         raise KeyError
 
 

@@ -149,6 +149,7 @@ def reseal(folder: Path, change: Callable[[dict], object]) -> None:
         (lambda m: m["splits"]["train"]["files"]["tokens"].update(name="../a"), "tokens of train"),
         (lambda m: m["splits"]["test"].update(documents=True), "counts of test"),
         (lambda m: m.pop("report"), "sources, report"),
+        (lambda m: m.pop("tokenizer"), "describes no store .tokenizer"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(built: Store, change, message: str):
