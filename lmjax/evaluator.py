@@ -60,7 +60,11 @@ class Evaluator:
         return [step(params, b) for b in batches.batches((self._make,), self._plan, 0, steps)]
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """Mean of everything per unit of weight, `<name>_weight`, the units, and `loss`."""
+        """Mean of everything per unit of weight, `<name>_weight`, the units, and `loss`.
+
+        Raises:
+          ValueError: nothing in the split has any weight.
+        """
         parts = self._each(self._step, params)
         result = {}
         for name in parts[0]:  # summed on the host: float32 would lose the last digits
@@ -68,6 +72,11 @@ class Evaluator:
             weight = float(np.sum(weights, dtype=np.float64))
             result[name] = float(np.sum(sums, dtype=np.float64)) / max(weight, 1.0)
             result[f"{name}_weight"] = weight
+        if not any(result[f"{name}_weight"] for name in parts[0]):
+            raise ValueError(
+                f"the {self.split.name} split has nothing to score: none of its {self.windows:,}"
+                f" examples counts for {' or '.join(parts[0])}; hold out more text"
+            )
         means = {name: result[name] for name in parts[0]}
         return {"loss": self._total(means), **result}
 

@@ -240,3 +240,28 @@ def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(run, tmp_path):
         lossy = Evaluator(other, prepared, "test")
         assert next_token_report(whole, whole(PARAMS))["bits_per_byte"] > 0
         assert next_token_report(lossy, lossy(PARAMS))["bits_per_byte"] is None
+
+
+# --- nothing to score -----------------------------------------------------------------------------
+
+
+def test_a_split_without_any_weight_is_an_error_not_a_zero(run, prepared, monkeypatch):
+    held_out = Windows.held_out
+
+    def blank(self, split, windows):
+        batch = held_out(self, split, windows)
+        batch["weights_BL"][:] = 0
+        return batch
+
+    monkeypatch.setattr(Windows, "held_out", blank)
+    with pytest.raises(ValueError, match=r"the test split has nothing to score: none of its \d+"):
+        score(run, prepared, ONE)
+
+
+def test_an_empty_corpus_and_one_below_a_window_are_errors(run, workdir, tmp_path):
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="there are no documents; 0 documents, 0 bytes; dropped 1"):
+        evaluate(run, workdir, "", Files(str(tmp_path / "a.txt")))
+    (tmp_path / "b.txt").write_text("a cat")
+    with pytest.raises(ValueError, match=f"fewer than one window of {LENGTH}"):
+        evaluate(run, workdir, "", Files(str(tmp_path / "b.txt")))

@@ -163,6 +163,11 @@ def losses(workdir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(workdir)]
 
 
+def scores(workdir: Path) -> list[float]:
+    """Losses on the held-out text."""
+    return [r["held_out_loss"] for r in read_metrics(workdir) if "held_out_loss" in r]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("corpus"))
@@ -192,6 +197,8 @@ def test_two_processes_train_are_killed_and_go_on_as_two_and_as_one(text, tmp_pa
     assert re.search(r"resumed at step (8|9|1\d)", out), out
     assert len(losses(broken)) == 16 > before
     assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-5)
+    # Scored by two processes at step 8, by one at step 16.
+    assert scores(broken) == pytest.approx(scores(unbroken), abs=1e-5) and len(scores(broken)) == 2
 
 
 def test_one_of_two_is_told_who_is_missing(text, tmp_path):
