@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmjax import compilation
+from lmjax import compilation, hosts
 from lmjax.document import redacted
 from lmjax.verbs import VERBS, Assignments
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
             compilation.turn_on()
         verb.act(arguments, keys)
         sys.stdout.flush()
+        hosts.leave()
     except BrokenPipeError:  # the reader has seen enough, as in `describe … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -32,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
+    except RuntimeError:  # JAX's, where a process that it waited for is gone
+        hosts.wait_for_news()
+        raise
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -12,13 +12,16 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from lmjax.watch import SILENCE, Sentinel
+
 _PORT = 8476
 _SETTINGS = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
+FLAGS = ("--coordinator", "--processes", "--process")  # the settings as flags, in their order
 _TIMEOUT = "LMJAX_JOIN_SECONDS"
 _RETRY = 0.2
 _HEARTBEAT = 30  # seconds of silence after which a process is taken for dead, and all end
@@ -43,20 +46,27 @@ class Place:
             )
 
 
-def join(env: Mapping[str, str] = os.environ) -> None:
+def join(
+    env: Mapping[str, str] = os.environ, flags: Sequence[str | None] = (None, None, None)
+) -> None:
     """Makes this process one of its run's, if there are several; waits for the others.
 
     Found by themselves: Slurm, Open MPI, TPU pods of GKE and of Compute Engine. Elsewhere the three
     settings LMJAX_COORDINATOR (HOST:PORT of process 0), LMJAX_PROCESSES and LMJAX_PROCESS (for an
     indexed Job of Kubernetes, its index). LMJAX_JOIN_SECONDS is how long to wait (default 300).
 
+    Args:
+      flags: the three settings, None where they were not given; they win over the environment.
+
     Raises:
       ValueError: a setting that cannot be, or processes that did not come, by their numbers.
     """
     import jax
 
+    given = {name: flag for name, flag in zip(_SETTINGS, flags, strict=True) if flag is not None}
+    env = {**env, **given}
     seconds = _seconds(env)
-    place = found(env)
+    place = _by_settings(env) if given else found(env)
     if place is None:
         if _on_tpu_vm(env):  # Google's metadata knows the other hosts; JAX asks it
             jax.distributed.initialize(
@@ -68,11 +78,68 @@ def join(env: Mapping[str, str] = os.environ) -> None:
     call_the_roll(place, seconds)
     if env.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _address[:] = [place.address]
     jax.distributed.initialize(
         place.address, place.count, place.index,
         initialization_timeout=max(1, int(seconds)), heartbeat_timeout_seconds=_HEARTBEAT,
+        # JAX's own choice is every interface.
         coordinator_bind_address=place.address if _is_local(place.address) else None,
     )  # fmt: skip
+
+
+_sentinels: list[Sentinel] = []  # of this process, while it is one of several
+_CALL = 512  # bytes that say where process 0 is called
+
+
+def watch() -> None:
+    """From here to `leave`, the end of one process ends all, with a line that names it.
+
+    It ends the others at once where the process is killed, and after about ten seconds where it
+    stands still or its host is silent.
+    """
+    import jax
+
+    if jax.process_count() == 1 or _sentinels:
+        return
+    import numpy as np
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    index, count, call = jax.process_index(), jax.process_count(), b""
+    if index == 0:
+        host = _reachable()
+        mine = Sentinel(0, count, host if _is_local(f"{host}:") else "")
+        _sentinels.append(mine)
+        call = f"{socket.gethostname()} {host} {mine.port} {mine.token}".encode()
+    told = np.frombuffer(call.ljust(_CALL), np.uint8)
+    name, host, port, token = bytes(np.asarray(broadcast_one_to_all(told))).decode().split()
+    if index:
+        _sentinels.append(Sentinel(index, count, f"{name} {host} {port}", token))
+
+
+def leave() -> None:
+    """This process ends as it should: no reason for the others to end."""
+    while _sentinels:
+        _sentinels.pop().leave()
+
+
+def wait_for_news() -> None:
+    """What fails between processes may do so because one is gone: then this one ends here, after
+    the line that names it. Otherwise it returns, after some seconds.
+    """
+    if _sentinels:
+        time.sleep(SILENCE + 5)
+
+
+def _reachable() -> str:
+    """Where the others find this process, which is the first."""
+    if _address:
+        return _address[0].rpartition(":")[0].strip("[]")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+        probe.connect(("192.0.2.1", 9))
+        return probe.getsockname()[0]
+
+
+_address: list[str] = []  # of the coordinator, if we were told
 
 
 def is_first() -> bool:
@@ -187,7 +254,11 @@ def _by_settings(env: Mapping[str, str]) -> Place:
     missing = [name for name in (*_SETTINGS[:2], index) if name not in env]
     if missing:
         names = ", ".join("LMJAX_PROCESS" if n == "JOB_COMPLETION_INDEX" else n for n in missing)
-        raise ValueError(f"{names} must be set as well: {', '.join(_SETTINGS)} go together")
+        flags = ", ".join(FLAGS)
+        raise ValueError(
+            f"{names} must be set as well: {', '.join(_SETTINGS)} go together, and so do {flags},"
+            " which are the same"
+        )
     return Place(env["LMJAX_COORDINATOR"], _number(env, "LMJAX_PROCESSES"), _number(env, index))
 
 

@@ -64,6 +64,7 @@ def train(
     lock = RunLock(workdir) if hosts.is_first() else contextlib.nullcontext()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
+    hosts.watch()
     with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
         run.check()
         newest = newest_step(workdir)

@@ -94,8 +94,24 @@ def _one_voice() -> Iterator[None]:
         yield
 
 
+def _processes(parser: argparse.ArgumentParser) -> None:
+    """Several processes as one run, where they do not find each other by themselves."""
+    for flag, form, about in zip(
+        hosts.FLAGS,
+        ("HOST:PORT", "N", "I"),
+        ("of process 0, for a run of several processes", "how many", "which one this is, from 0"),
+        strict=True,
+    ):
+        parser.add_argument(flag, metavar=form, help=about)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    hosts.join(flags=(arguments.coordinator, arguments.processes, arguments.process))
+
+
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
+    _processes(parser)
     parser.add_argument(
         "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
     )
@@ -105,7 +121,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load(arguments, keys)
-    hosts.join()
+    _join(arguments)
     from lmjax.progress import Unbreakable
     from lmjax.train import train
 
@@ -120,6 +136,7 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
+    _processes(parser)
     parser.add_argument("--split", default="", help="default: test, or validation without one")
     about = "encoders: tokens to mask one at a time, at most (default %(default)s)"
     parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=about)
@@ -127,7 +144,8 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load_recorded(arguments, keys)
-    hosts.join()
+    _join(arguments)
+    hosts.watch()
     from lmjax.evaluate import evaluate
 
     other = any(key.startswith("data.corpus") for key, _ in keys)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import DEMO, ROOT, environment, lmjax, write_text
+from processes import beyond_loopback, listening
 
 from lmjax.hosts import Place, call_the_roll, found, join
 from lmjax.metrics import read_metrics
@@ -63,6 +64,15 @@ def test_open_mpi_names_the_host_of_its_launcher():
 def test_settings_that_cannot_be_are_refused(env, message):
     with pytest.raises(ValueError, match=message):
         join(env)
+
+
+def test_flags_win_over_the_environment():
+    four = {**OURS, "LMJAX_PROCESS": "3"}
+    join(four, ("127.0.0.1:1", "1", "0"))  # one process alone: nobody to join
+    with pytest.raises(ValueError, match="LMJAX_PROCESS=9: from 0 to 3"):
+        join(four, (None, None, "9"))
+    with pytest.raises(ValueError, match="LMJAX_PROCESSES, LMJAX_PROCESS must be .*--processes"):
+        join(GKE, ("h:1", None, None))
 
 
 # --- the roll -------------------------------------------------------------------------------------
@@ -137,13 +147,13 @@ def command(workdir: Path, text: Path) -> tuple[str, ...]:
 
 def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
     """`python -m lmjax …` as two processes with two CPU devices each."""
-    place = {"LMJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "LMJAX_PROCESSES": "2"}
-    place |= {"LMJAX_JOIN_SECONDS": "60"}
+    flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+    wrong = {"LMJAX_COORDINATOR": "nowhere:1", "LMJAX_PROCESSES": "7", "LMJAX_PROCESS": "5"}
     return [
         subprocess.Popen(
-            [sys.executable, "-u", "-m", "lmjax", *arguments],
+            [sys.executable, "-u", "-m", "lmjax", *arguments, *flags, f"--process={index}"],
             cwd=ROOT,
-            env={**environment(2), **place, "LMJAX_PROCESS": str(index)},
+            env={**environment(2), **wrong, "LMJAX_JOIN_SECONDS": "60"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -179,11 +189,13 @@ def test_two_processes_train_are_killed_and_go_on_as_two_and_as_one(text, tmp_pa
 
     first, second = start_two(*command(broken, text))
     until(first, "saved step 4")
-    first.kill()
+    held = listening(first.pid) | listening(second.pid)
+    assert held and not beyond_loopback(held)
     second.kill()
-    first.communicate()
-    said, _ = second.communicate()
-    assert "saved" not in said  # one voice
+    said, other = (process.communicate(timeout=120)[0] for process in (first, second))
+    assert re.search(r"error: process 1 of 2 \(\S+\) ended before the run did", said), said
+    assert first.returncode != 0
+    assert "saved" not in other  # one voice
 
     first, second = start_two(*command(broken, text))
     until(first, "resumed at step")

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "lmjax"
 
 # From the ground up. A module imports only what stands below it, never its own floor.
 FLOORS = (
-    "document hosts manifest steps compilation",
+    "document watch manifest steps compilation",
+    "hosts",
     "text_bytes",
     "text_files",
     "text",
