@@ -5,8 +5,9 @@ Shapes: B batch, H heads, L queries, S keys, K head width. All kernels compute t
 float32 and agree within the rounding of the compute dtype.
 
 Over the mesh axis `sequence`, each device has the queries of its part of the row and gathers all
-keys and values, for the forward pass and again for the backward one: what rests between them is its
-own part.
+keys and values, for the forward pass and again for the backward one: between them each keeps its
+own. Causal queries are exchanged before splash, which skips the keys that a query does not see, so
+that no device's see more than another's.
 """
 
 import functools
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -168,18 +170,14 @@ def _splash_refuses(query, key, offset, dropout) -> str | None:
 def _splash(query, key, value, causal, segments_BL) -> jax.Array:
     # Imported here: Pallas takes half a second to import and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    heads = query.shape[1] // sharding.axis_size(sharding.TENSOR)
     length, parts = query.shape[2], _parts(query.shape[2])
-    block, block_q = _splash_block(length), _splash_block(length // parts)
-    block_q = 512 if block_q % 512 == 0 else block_q
-    # What is not causal is the same for every part of the queries.
-    one = (
-        masks.CausalMask((length, length)) if causal else masks.FullMask((length // parts, length))
-    )
+    folded = causal and parts > 1 and length % (2 * parts * _SPLASH_MULTIPLE) == 0
+    heads = query.shape[1] // sharding.axis_size(sharding.TENSOR)
+    block, chunk = _splash_block(length), length // parts // (2 if folded else 1)
+    block_q = min(512, _splash_block(chunk)) if chunk % 512 == 0 else _splash_block(chunk)
     kernel = splash.make_splash_mha(
-        mask=masks.MultiHeadMask([one] * heads),
+        mask=_splash_mask(heads, length, causal, folded),
         head_shards=1,
         q_seq_shards=parts if causal else 1,
         # Saved by name, or rematerialisation would run the forward kernel again.
@@ -201,10 +199,7 @@ def _splash(query, key, value, causal, segments_BL) -> jax.Array:
 
     segments = [] if segments_BL is None else [(segments_BL, segments_BL)]
     if parts > 1:
-        mesh: Any = sharding.mesh()
-        rows = NamedSharding(mesh, P(None, sharding.SEQUENCE))
-        mask_spec = kernel.manual_sharding_spec(rows) if causal else P()
-        return _splash_in_parts(local, mask_spec, kernel, query, key, value, *segments)
+        return _splash_in_parts(local, kernel, causal, folded, query, key, value, *segments)
     heads_spec = P(sharding.BATCH_AXES, sharding.TENSOR, None, None)
     rows_spec = P(sharding.BATCH_AXES, None)
     mapped = sharding.map_shards(
@@ -219,18 +214,45 @@ def _splash_block(length: int) -> int:
     return next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
 
 
+def _splash_mask(heads: int, length: int, causal: bool, folded: bool) -> Any:
+    """Of all queries, in the order that they lie in on the devices; of one device's, if all alike.
+
+    `folded`: each device has a chunk of the row from either end, or the first device's queries
+    would see few keys and be done long before the last one's.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    one: Any
+    if causal:
+        one = masks.CausalMask((length, length))
+        if folded:
+            chunks = one.q_sequence.reshape(2 * _parts(length), -1)
+            order = [chunk for pair in sharding.folds() for chunk in pair]
+            one.q_sequence = chunks[np.array(order)].reshape(-1)
+    else:
+        one = masks.FullMask((length // _parts(length), length))
+    return masks.MultiHeadMask([one] * heads)
+
+
 def _splash_in_parts(
-    local: Any, mask_spec: Any, kernel: Any, query, key, value, *segments
+    local: Any, kernel: Any, causal: bool, folded: bool, query, key, value, *segments
 ) -> jax.Array:
     """`local` on each device's queries and all keys, with its rows of the kernel's mask."""
+    mesh: Any = sharding.mesh()
+    rows = NamedSharding(mesh, P(None, sharding.SEQUENCE))
+    mask_spec = kernel.manual_sharding_spec(rows) if causal else P()
     heads_spec = P(sharding.BATCH_AXES, sharding.TENSOR, sharding.SEQUENCE, None)
     segments_spec = (sharding.TOKENS, P(sharding.BATCH_AXES, None))
 
     # Keys of other devices are no residuals: the backward pass gathers them again.
     @functools.partial(jax.checkpoint, policy=lambda op, *_, **__: op.name != "all_gather")
-    def gathering(kernel, query, *key_value_segments):
-        keys = [sharding.gather_over(x, sharding.SEQUENCE, dim=2) for x in key_value_segments[:2]]
-        return local(kernel, query, *keys, *key_value_segments[2:])
+    def gathering(kernel, query, key, value, *segments):
+        key, value = (sharding.gather_over(x, sharding.SEQUENCE, dim=2) for x in (key, value))
+        if not folded:
+            return local(kernel, query, key, value, *segments)
+        segments = [(sharding.fold(q, dim=1), kv) for q, kv in segments]
+        mixed = local(kernel, sharding.fold(query, dim=2), key, value, *segments)
+        return sharding.unfold(mixed, dim=2)
 
     mapped = sharding.map_shards(
         gathering,

@@ -300,3 +300,34 @@ def scatter_over(x: jax.Array, axis: str, dim: int) -> jax.Array:
     if axis_size(axis) == 1:
         return x
     return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def folds() -> list[tuple[int, int]]:
+    """The chunks that each device of `sequence` has after `fold`, of twice as many as devices.
+
+    Device i of n has chunks i and 2 n − 1 − i of a row, the even one first.
+    """
+    last = 2 * axis_size(SEQUENCE) - 1
+    return [(i, last - i) if i % 2 == 0 else (last - i, i) for i in range(axis_size(SEQUENCE))]
+
+
+def fold(x: jax.Array, dim: int) -> jax.Array:
+    """Shards of `dim` over `sequence`, exchanged for two chunks each, one from either end of the
+    row (see `folds`), inside `map_shards`.
+    """
+    halves = jnp.split(x, 2, dim)  # of n devices, device i had chunks 2 i and 2 i + 1
+    sent = zip(
+        *([(chunk // 2, i) for chunk in pair] for i, pair in enumerate(folds())), strict=True
+    )
+    parts = [jax.lax.ppermute(h, SEQUENCE, way) for h, way in zip(halves, sent, strict=True)]
+    return jnp.concatenate(parts, dim)
+
+
+def unfold(x: jax.Array, dim: int) -> jax.Array:
+    """What `fold` was given."""
+    halves = jnp.split(x, 2, dim)
+    sent = zip(
+        *([(i, chunk // 2) for chunk in pair] for i, pair in enumerate(folds())), strict=True
+    )
+    parts = [jax.lax.ppermute(h, SEQUENCE, way) for h, way in zip(halves, sent, strict=True)]
+    return jnp.concatenate(parts, dim)

@@ -11,7 +11,7 @@ from commands import lmjax
 from lmjax import recipe
 from lmjax.examples.windows import Windows
 from lmjax.models.gpt import GPT as Decoder
-from lmjax.plan import chips, hlo
+from lmjax.plan import chips, facts, hlo
 from lmjax.plan.plan import plan
 from lmjax.plan.predict import Times, transfer_seconds
 from lmjax.plan.program import TooLarge, compiled
@@ -96,6 +96,7 @@ def test_loops_are_counted_and_of_a_conditional_the_cheaper_branch():
         ("replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=2] {'data','fsdp'}", 8, ("data", "fsdp")),
         ("replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}", 8, ("data", "fsdp")),
         ("source_target_pairs={{0,2},{2,4}}", 2, ("fsdp",)),
+        ("source_target_pairs={{0,0},{8,8},{2,4},{4,2}}", 2, ("fsdp",)),  # some keep their own
     ],
 )
 def test_collectives_name_the_axes_that_they_go_over(groups, devices, axes):
@@ -103,6 +104,26 @@ def test_collectives_name_the_axes_that_they_go_over(groups, devices, axes):
     program = f"ENTRY %main (y: f32[16]) -> f32[16] {{\n{line}\n}}\n"
     (found,) = hlo.collectives(hlo.operations(program), MESH)
     assert (found.devices, found.axes) == (devices, axes)
+
+
+def test_collectives_over_parts_of_a_row_are_named():
+    line = "  %x = f32[16]{0} all-gather(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
+    program = f"ENTRY %main (y: f32[16]) -> f32[16] {{\n{line}\n}}\n"
+    mesh = {"data": 2, "fsdp": 1, "tensor": 1, "sequence": 4}
+    (found,) = hlo.collectives(hlo.operations(program), mesh)
+    assert (found.devices, found.axes) == (4, ("sequence",))
+
+
+def test_kernels_count_their_own_queries_and_all_keys():
+    """Of a row on two devices: FLOPs of the forward kernel are 2 products, 2 each, 128 × 256."""
+    operands = "s8[1,1,1]{2,1,0}, bf16[3,4,128,64]{3,2,1,0}, bf16[3,4,256,64]{3,2,1,0}"
+    line = (
+        "  %splash_mha_fwd_residuals.1 = (f32[3,4,128,128]{3,2,1,0}) custom-call(%a, %q, %k), "
+        f'custom_call_target="tpu_custom_call", operand_layout_constraints={{{operands}}}'
+    )
+    program = f"ENTRY %main (a: f32[1]) -> f32[1] {{\n{line}\n}}\n"
+    (op,) = hlo.operations(program)
+    assert facts.kernel(op) == (2 * 2 * 3 * 4 * 128 * 256 * 64, 64, 1)
 
 
 # --- times ----------------------------------------------------------------------------------------

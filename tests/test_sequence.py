@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import ROOT
 from encoders import MODELS, example
+from jax.sharding import PartitionSpec as P
 
 from lmjax import losses, recipe, sharding
 from lmjax.attention import Kernel, attention
@@ -67,17 +68,45 @@ def test_attention_over_parts_of_a_row_is_that_of_the_row(layout: Layout, causal
         assert_near(differentiated(arrays, segments, causal), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_splash_over_parts_of_a_row_is_that_of_the_row(causal: bool, monkeypatch):
+# 512 tokens give each of two devices a chunk from either end; 256 are too few for that.
+@pytest.mark.parametrize(("length", "causal"), [(512, True), (256, True), (256, False)])
+def test_splash_over_parts_of_a_row_is_that_of_the_row(length: int, causal: bool, monkeypatch):
     """The kernel of TPUs, interpreted: masks of part and whole, and gradients that come home."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     interpreted = partial(splash.make_splash_mha, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha", interpreted)
-    arrays, segments = inputs(512)
+    arrays, segments = inputs(length)
     wanted = differentiated(arrays, segments, causal)
-    with sharding.use(Layout(1, 1, 2, 4).mesh()):
+    with sharding.use(Layout(2, 1, 2, 2).mesh()):
         assert_near(differentiated(arrays, segments, causal, "splash"), wanted, 1e-5)
+
+
+def test_keys_of_other_devices_are_gathered_again_and_not_kept():
+    """Keys and values once for the forward pass, and once for the backward one."""
+    arrays, segments = inputs(1024)
+    with sharding.use(Layout(2, 1, 1, 4).mesh()):
+        mixed = partial(attention, causal=True, segments_BL=segments, kernel="splash")
+        step = jax.grad(lambda *qkv: mixed(*qkv).sum(), argnums=(0, 1, 2))
+        traced = str(jax.make_jaxpr(step)(*arrays[:3]))
+    assert traced.count("= all_gather[") == 4
+    assert traced.count("reduce_scatter[") == 2
+    # Queries, their segments and what they found go to another device and back, half by half.
+    assert traced.count("= ppermute[") >= 2 * (2 + 1 + 2)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_a_folded_row_gives_each_device_a_chunk_from_either_end(devices: int):
+    """So that causal queries see as many keys in all on each."""
+    row = np.arange(2 * devices * 3)[None]
+    spec = P(None, sharding.SEQUENCE)
+    with sharding.use(Layout(8 // devices, 1, 1, devices).mesh()):
+        folded = jax.jit(sharding.map_shards(partial(sharding.fold, dim=1), spec, spec))(row)
+        back = jax.jit(sharding.map_shards(partial(sharding.unfold, dim=1), spec, spec))(folded)
+    np.testing.assert_array_equal(back, row)
+    parts = np.asarray(folded).reshape(devices, 6)
+    assert {part.sum() for part in parts} == {row.sum() // devices}
+    assert [set(part // 3) for part in parts] == [{i, 2 * devices - 1 - i} for i in range(devices)]
 
 
 def test_kernels_that_cannot_split_a_row_are_refused():
@@ -122,6 +151,8 @@ def bert_case():
     """Padding, masked tokens on several devices, pairs pooled at the first token."""
     batch = example(rows=8)
     batch["masked_BP"] = np.tile(np.array([1, 7, 15, 0], np.int32), (8, 1))
+    for name in ("masked_BP", "targets_BP", "weights_BP"):  # three: no axis divides them
+        batch[name] = batch[name][:, :3]
     return MODELS["ernie"].clone(**DROPPING, unroll=1), losses.masked_token_and_pair, batch
 
 
@@ -130,7 +161,7 @@ def objective(model, loss, params, batch):
         {"params": params}, batch, train=True, rngs={"dropout": jax.random.key(5)}
     )
     sums = loss(outputs, batch)
-    return losses.total({name: s / w for name, (s, w) in sums.items()}), outputs.hidden_BLD
+    return losses.total({name: s / w for name, (s, w) in sums.items()})
 
 
 @pytest.mark.parametrize(
@@ -140,17 +171,31 @@ def test_losses_and_gradients_are_those_of_one_device(case, layout: Layout):
     model, loss, batch = case()
     draw = np.random.default_rng(2).normal
     params = jax.tree.map(lambda x: np.float32(draw(size=x.shape) / 8), abstract_params(model))
-    function = jax.value_and_grad(partial(objective, model, loss), has_aux=True)
-    (wanted, _), want = jax.jit(function)(params, batch)
+    function = jax.value_and_grad(partial(objective, model, loss))
+    wanted, want = jax.jit(function)(params, batch)
     with sharding.use(layout.mesh()):
         batch = jax.device_put(batch, sharding.batch_sharding())
         params = jax.device_put(params, sharding.shardings(params))
-        (value, hidden_BLD), gradients = jax.jit(function)(params, batch)
+        value, gradients = jax.jit(function)(params, batch)
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     assert_near(gradients, want, 1e-4)
-    rows, length, width = hidden_BLD.shape
-    part = (rows // layout.data, length // layout.sequence, width)
-    assert hidden_BLD.sharding.shard_shape(hidden_BLD.shape) == part
+
+
+def test_a_device_has_its_part_of_every_layers_states():
+    model, _, batch = gpt_case()
+    layout = Layout(2, 1, 1, 4)
+
+    def states(params, batch):
+        return model.apply({"params": params}, batch, states=True).states_NBLD
+
+    with sharding.use(layout.mesh()):
+        batch = jax.device_put(batch, sharding.batch_sharding())
+        params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract_params(model))
+        states_NBLD = jax.jit(states)(params, batch)
+        tail = sharding.split_tokens(states_NBLD[0][:, :7])
+    assert states_NBLD.shape == (3, 8, 40, 16)
+    assert states_NBLD.sharding.shard_shape(states_NBLD.shape) == (3, 4, 10, 16)
+    assert tail.sharding.shard_shape(tail.shape) == (4, 7, 16)  # 4 devices do not divide 7
 
 
 # --- what cannot be split -------------------------------------------------------------------------

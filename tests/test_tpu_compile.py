@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmjax import recipe
+from lmjax.blocks import Remat
 from lmjax.examples.windows import Windows
 from lmjax.losses import _CHUNK_BYTES
 from lmjax.models.gpt import GPT
@@ -94,6 +95,32 @@ def test_a_mesh_axis_may_be_part_of_a_torus_axis(layout: tuple[int, int, int]):
     devices = chips.devices("v5e:4x4")
     mesh = Layout(*layout).mesh(devices)
     assert mesh.devices.shape == layout and set(mesh.devices.flat) == set(devices)
+
+
+@functools.cache
+def parts(remat: Remat) -> Program:
+    """Rows of 1,024 tokens on four chips each."""
+    run = tiny(mesh=Layout(1, 1, 1, 4))
+    model = run.model.clone(context=1024, remat=remat)
+    run = replace(run, model=model, data=replace(run.data, examples=Windows(length=1024)))
+    return compile_step(lower_step(run, "v5e:2x2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("names", 1), ("full", 2)])
+def test_parts_of_a_row_gather_keys_and_keep_their_own(remat: Remat, forward: int):
+    program = parts(remat)
+    kernels = [op for op in program.kernels() if "_fwd" in op.text.split()[0]]
+    assert sum(op.times for op in kernels) == 3 * forward
+    assert {c.axes for c in program.collectives()} == {("sequence",)}
+    row = 8 * 1024 * 128 * 2  # bytes of a layer's keys, or of its values
+    gathers = [c for c in program.collectives("all-gather") if c.bytes == row]
+    scatters = [c for c in program.collectives("reduce-scatter") if c.bytes == row]
+    assert sum(c.times for c in gathers) == 2 * 3 * (1 + forward)
+    assert sum(c.times for c in scatters) == 2 * 3
+    # No other array of a whole row is put together.
+    rest = [c for c in program.collectives("all-gather") if c not in gathers]
+    assert sum(c.times * c.bytes for c in rest) < row
 
 
 # --- GPT-2 small ----------------------------------------------------------------------------------

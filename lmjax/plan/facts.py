@@ -129,14 +129,17 @@ def _collectives(program: Program) -> tuple[tuple[str, tuple[str, ...], int, int
 
 
 def kernel(op: Op) -> tuple[float, int, int]:
-    """FLOPs of one execution of an attention kernel on all pairs, by the shapes of its results; the
-    width of a head; executions.
+    """FLOPs of one execution of an attention kernel on all pairs of its queries and keys, which are
+    its first operands; the width of a head; executions.
     """
     named = re.search(r"%([\w.\-]+) =", op.text)
     name = named[1] if named else ""
     products = next((n for part, n in _PRODUCTS.items() if f"_{part}" in name), 0)
-    wide = [dims for _, dims in op.shapes if len(dims) >= 3]
-    if not products or not wide:
+    operands = re.findall(
+        r"\b(?:bf16|f16|f32)\[([\d,]+)\]", op.text.partition("operand_layout_constraints=")[2]
+    )
+    if not products or len(operands) < 2:
         return 0.0, 0, op.times
-    *rows, length, width = max(wide, key=math.prod)
-    return products * 2.0 * math.prod(rows) * length * length * width, width, op.times
+    query, key = ([int(n) for n in dims.split(",")] for dims in operands[:2])
+    *rows, length, width = query
+    return products * 2.0 * math.prod(rows) * length * key[-2] * width, width, op.times

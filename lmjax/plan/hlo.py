@@ -107,7 +107,7 @@ def _group(text: str, mesh: dict[str, int]) -> tuple[int, tuple[str, ...]]:
 
 
 def _members(text: str) -> list[int]:
-    """The first group's devices, as numbers in the mesh; of permutes, the first pair."""
+    """The first group's devices, as numbers in the mesh; of permutes, the first pair of two."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         # A mesh of the compiler's own, over the same devices in the same order.
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -115,7 +115,10 @@ def _members(text: str) -> list[int]:
         places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         first = tuple(slice(None) if name in over else 0 for name in sizes)
         return places[first].reshape(-1).tolist()
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", text)
+    if sent := re.search(r"source_target_pairs=\{([\d,{}]*)\}", text):
+        pairs = [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)\}", sent[1])]
+        return next((pair for pair in pairs if pair[0] != pair[1]), [])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
     if listed:
         return [int(n) for n in listed[1].split(",") if n]
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
