@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lmjax.plan import chips
+from lmjax.plan import chips, memory
 from lmjax.plan.facts import Facts, Say, find
 from lmjax.plan.predict import Times, roofline, times
 
@@ -71,11 +71,21 @@ def _whole(layout: Layout, count: int) -> Layout:
 
 
 def _phase(run: Run, topology: str, phase: int, say: Say) -> Result:
-    """One phase of a run on one topology."""
+    """One phase of a run on one topology. What surely does not fit is not compiled: that would
+    take longer the larger it is.
+    """
+    found: Result = {"examples_length": run.makers()[phase].length}
+    unknown = dict.fromkeys(("step_seconds", "mfu", "tokens_per_second"))
+    rests = memory.resting_bytes(run, topology, phase)
+    least = memory.least(run, topology, phase)
+    if least > chips.split_name(topology)[0].memory:
+        found |= {"fits": False, "peak_hbm_bytes": least, "memory_from": "line"}
+        known = {"parameters_bytes": rests.parameters, "optimizer_bytes": rests.optimiser}
+        return found | known | unknown
     facts = find(run, topology, phase, say)
-    found = {"examples_length": run.makers()[phase].length, **_memory(facts, topology)}
+    found |= _memory(facts, topology)
     if not found["fits"]:
-        return found | dict.fromkeys(("step_seconds", "mfu", "tokens_per_second"))
+        return found | unknown
     return found | _speed(run, topology, facts, phase)
 
 
@@ -139,26 +149,41 @@ def _collectives(facts: Facts) -> list[Result]:
     ]
 
 
-def _largest(run: Run, topology: str, first: Result, memory: int, say: Say) -> Result:
-    """The largest batch that fits, on a line through two batches' peaks."""
+def _largest(run: Run, topology: str, first: Result, room: int, say: Say) -> Result:
+    """The largest batch that fits, on a line through the peaks of two that were compiled."""
     unit = run.mesh.data * run.mesh.fsdp * run.accumulate
-    known = {run.batch: first}
+    none: Result = {"largest_batch": None, "largest_batch_from": "line"}
+    known = {run.batch: first} if first["memory_from"] == "compiler" else {}
+    # Far below what does not fit: halving it would compile the largest programs first.
+    start = run.batch if first["fits"] else _likely(run, topology, room)
     while len(known) < 2 or not any(found["fits"] for found in known.values()):
-        smaller = min(known) // 2 // unit * unit
-        other = smaller or (max(known) + unit if first["fits"] else 0)
+        smaller = min([*(n // 2 for n in known), start]) // unit * unit
+        if smaller in known:
+            smaller = smaller // 2 // unit * unit
+        other = smaller or (max(known) + unit if known and first["fits"] else 0)
         if not other or other in known:
-            return {"largest_batch": None, "largest_batch_from": "line"}
+            return none
         known[other] = _phase(replace(run, batch=other), topology, 0, say)
+        if known[other]["memory_from"] != "compiler":
+            return none
     (less, low), (more, high) = sorted(known.items())[-2:]
     slope = (high["peak_hbm_bytes"] - low["peak_hbm_bytes"]) / (more - less)
     if slope <= 0:
-        return {"largest_batch": None, "largest_batch_from": "line"}
-    most = less + (memory - low["peak_hbm_bytes"]) / slope
+        return none
+    most = less + (room - low["peak_hbm_bytes"]) / slope
     return {
         "largest_batch": int(most // unit * unit),
         "largest_batch_from": "line",
         "activations_bytes": int(slope * run.batch),
     }
+
+
+def _likely(run: Run, topology: str, room: int) -> int:
+    """A batch that fits with room to spare, by what its rows leave for the backward pass."""
+    rests = memory.resting_bytes(run, topology)
+    a_row = memory.line(run, topology) - rests.always - rests.gradients
+    spare = 0.5 * (room - rests.always - rests.gradients)
+    return int(max(0.0, spare) * run.batch / max(1, a_row))
 
 
 def _cost(run: Run, phases: Sequence[Result], count: int, price: float | None) -> Result:

@@ -6,30 +6,44 @@ from typing import Any
 
 Result = dict[str, Any]
 
+FIRST_PHASE = "Step, MFU and tokens/s are the first phase's; peak, hours and cost the whole run's."
+BAND = [
+    "Step: the compiler's estimated cycles, and kernels and transfers at the peaks of the chip",
+    "(roofline). The band is from cycles / 1.5 with all transfers hidden to cycles with none",
+    "hidden; no TPU was asked.",
+]
+
 
 def table(results: Sequence[Result]) -> str:
     """Rows of what was asked, columns of topologies, and below what the words mean."""
     rows = [("", [found["topology"] for found in results])]
     rows += [(name, [show(found) for found in results]) for name, show in _ROWS]
     rows = [(name, cells) for name, cells in rows if any(cells)]
-    left = max(len(name) for name, _ in rows)
-    wide = [max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
-    lines = [
-        "  ".join([name.ljust(left), *(c.rjust(w) for c, w in zip(cells, wide, strict=True))])
-        for name, cells in rows
-    ]
+    lines = columns([(name, *cells) for name, cells in rows])
     return "\n".join([*lines, "", *_notes(results)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the first column to the left and the others to the right."""
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, wide, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
     found = ["Memory and collectives: the compiler's, exact; activations and the largest batch: a"]
     found += ["line through two compilations. Bytes are of one device."]
+    if any(r["memory_from"] == "line" for r in results):
+        found += ["A peak after > is a lower bound by the line: too much, and not compiled."]
+    if any("phases" in r for r in results):
+        found += [FIRST_PHASE]
     if any(r.get("step_from") == "compiler" for r in results):
-        found += [
-            "Step: the compiler's estimated cycles, and kernels and transfers at the peaks of"
-        ]
-        found += ["the chip (roofline). The band is from cycles / 1.5 with all transfers hidden to"]
-        found += ["cycles with none hidden; no TPU was asked."]
+        found += BAND
     if any(r.get("step_from") == "roofline" for r in results):
         found += ["A step marked ~ is a roofline alone: the compiler could not write its program."]
     if any(r["price_per_chip_hour"] for r in results):
@@ -42,6 +56,12 @@ def _gib(key: str):
         return "" if found.get(key) is None else f"{found[key] / 2**30:.2f} GiB"
 
     return show
+
+
+def peak(found: Result) -> str:
+    """Of memory; a lower bound, which nothing was compiled for, has a mark."""
+    least = "> " if found["memory_from"] == "line" else ""
+    return f"{least}{found['peak_hbm_bytes'] / 2**30:.2f} GiB"
 
 
 def _fits(found: Result) -> str:
@@ -66,22 +86,23 @@ def _step(found: Result) -> str:
     if found["step_seconds"] is None:
         return "–"
     about = "~" if found["step_from"] == "roofline" else ""
-    return about + _seconds(found["step_seconds"])
+    return about + seconds(found["step_seconds"])
 
 
 def _band(found: Result) -> str:
     if found["step_seconds"] is None:
         return "–"
-    return f"{_seconds(found['step_seconds_low'])} – {_seconds(found['step_seconds_high'])}"
+    return f"{seconds(found['step_seconds_low'])} – {seconds(found['step_seconds_high'])}"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A duration in a unit that suits it."""
     return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 def _part(key: str):
     def show(found: Result) -> str:
-        return "" if found.get(key) is None else _seconds(found[key])
+        return "" if found.get(key) is None else seconds(found[key])
 
     return show
 
@@ -106,7 +127,7 @@ _ROWS = (
     ("mesh", _mesh),
     ("batch", _batch),
     ("remat", lambda found: found["remat"] or ""),
-    ("peak memory", _gib("peak_hbm_bytes")),
+    ("peak memory", peak),
     ("  of", _gib("hbm_bytes")),
     ("  parameters", _gib("parameters_bytes")),
     ("  optimiser, carried state", _gib("optimizer_bytes")),
