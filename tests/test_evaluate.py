@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import write_text
+from commands import ROOT, write_text
 
 from lmjax import recipe, sharding
 from lmjax.checkpoint import Checkpoints
@@ -240,6 +240,24 @@ def test_text_that_the_tokenizer_loses_has_no_bits_per_byte(run, tmp_path):
         lossy = Evaluator(other, prepared, "test")
         assert next_token_report(whole, whole(PARAMS))["bits_per_byte"] > 0
         assert next_token_report(lossy, lossy(PARAMS))["bits_per_byte"] is None
+
+
+# --- encoders -------------------------------------------------------------------------------------
+
+
+def test_the_batch_changes_no_score_of_an_encoder(tmp_path):
+    """Masked tokens and pairs are weighed one by one, so rows that pad the last batch are none."""
+    encoder = recipe.load(str(ROOT / "experiments/bert_tiny.py"), tiny=True)
+    data = replace(encoder.data, corpus=Files(str(write_text(tmp_path)), document="line"))
+    encoder = replace(encoder, data=data, mesh=ONE, model=encoder.model.clone(depth=1))
+    prepared = encoder.data.prepare(tmp_path, say=lambda _: None)
+    with sharding.use(ONE.mesh()):
+        params = init_params(encoder.model, 0)
+        found = [
+            Evaluator(replace(encoder, batch=batch), prepared, "train")(params) for batch in (4, 64)
+        ]
+    assert found[0]["masked_loss_weight"] > 50 and found[0]["pair_loss_weight"] % 4
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 # --- nothing to score -----------------------------------------------------------------------------
