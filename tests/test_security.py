@@ -188,9 +188,9 @@ def test_two_processes_listen_at_no_address_beyond_loopback(tmp_path: Path):
 
     both = start_two(*command(tmp_path / "run", write_text(tmp_path)))
     sockets = set()
-    while not (tmp_path / "run" / "checkpoints" / "4").is_dir():
+    while not any((tmp_path / "run").glob("checkpoints/[0-9]*")):
         for process in both:
-            assert process.poll() is None
+            assert process.poll() in (None, 0)
             sockets |= listening(process.pid)
         time.sleep(0.02)
     for process in both:
