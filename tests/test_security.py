@@ -13,7 +13,7 @@ import pytest
 from commands import DEMO, ROOT, environment, start, tiny, write_text
 from processes import beyond_loopback, descendants, listening, wait_until_gone
 
-from lmjax import hosts
+from lmjax import hosts, recipe
 from lmjax.__main__ import main
 from lmjax.document import redacted
 from lmjax.report import write_report
@@ -137,6 +137,27 @@ def test_secrets_in_urls_are_in_no_output(place: str, tmp_path: Path, capfd, mon
 )
 def test_what_urls_say_of_people_is_hidden(text: str, shown: str):
     assert redacted(text) == shown
+
+
+NAMES = ["../../x", "/tmp/x", "a/b", "..", "a.b", "a b", "a\nb", "é", "x" * 101]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path, capsys, monkeypatch):
+    """What is typed as a name becomes a file's; folders are typed as paths, and are where they say.
+
+    The names in manifests and tokenizers are held by their own tests.
+    """
+    demo = str(ROOT / DEMO)
+    run = recipe.load(demo, tiny=True)
+    (tmp_path / "run").mkdir()
+    about = {"run": recipe.to_json(run)}
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(about), "utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", demo, "--tiny", "--workdir=run", f"--split={name}"]) == 2
+    assert "a name of letters, digits, - and _" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- the helpers ----------------------------------------------------------------------------------
