@@ -34,6 +34,10 @@ from tests.faults import KINDS, inject
 FAMILIES = ("demo", "bert_base", "elmo")
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 class Plain:
     """Orbax by its guide: the newest step, a limit on their number, leftovers cleaned up."""
 
@@ -61,7 +65,7 @@ class Ours:
     """The same by lmjax."""
 
     def __init__(self, workdir: Path) -> None:
-        self._checkpoints = Checkpoints(workdir, {}, 2, str)
+        self._checkpoints = Checkpoints(workdir, {}, 2, _say_nothing)
 
     def restore(self, target: State) -> State:
         """The newest step that verifies."""
@@ -134,7 +138,7 @@ def main() -> None:
         for family in FAMILIES:
             run = recipe.load(str(ROOT / f"experiments/{family}.py"), tiny=True)
             target = abstract_state(run.model, run.optimiser(), run.batch)
-            checkpoints = Checkpoints(Path(base) / family, {}, 2, str)
+            checkpoints = Checkpoints(Path(base) / family, {}, 2, _say_nothing)
             saved = states(target)
             for step, state in saved.items():
                 checkpoints.save(step, state)
