@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: every token of a split once, the same number on every mesh, and beside xz."""
 
+import dataclasses
 import json
 import lzma
 import math
@@ -37,7 +38,7 @@ MODEL = GPT(vocab=320, context=LENGTH, depth=1, width=16, heads=2, position_std=
 
 
 def first(layout: Layout):
-    return jax.devices()[: layout.data * layout.fsdp * layout.tensor]
+    return jax.devices()[: math.prod(dataclasses.astuple(layout))]
 
 
 def recipe_on(text: Path, **changes) -> Run:
@@ -141,8 +142,15 @@ def test_every_token_is_scored_once(split: str, run, prepared):
 
 @pytest.mark.parametrize(
     ("layout", "batch"),
-    [(ONE, 1), (ONE, 7), (ONE, 500), (Layout(8, 1, 1), 16), (Layout(2, 2, 2), 12)],
-    ids=["1", "7", "500", "8x1x1-16", "2x2x2-12"],
+    [
+        (ONE, 1),
+        (ONE, 7),
+        (ONE, 500),
+        (Layout(8, 1, 1), 16),
+        (Layout(2, 2, 2), 12),
+        (Layout(2, 1, 1, 4), 12),
+    ],
+    ids=["1", "7", "500", "8x1x1-16", "2x2x2-12", "2x1x1x4-12"],
 )
 def test_neither_batch_nor_mesh_changes_the_score(layout: Layout, batch: int, run, prepared):
     """A batch of 500 is mostly windows that pad the only step; none of them may count."""
