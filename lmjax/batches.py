@@ -147,11 +147,10 @@ class Plan:
         stage = self.stage(batch)
         return stage.examples(batch), stage.size
 
-    def indices(self, step: int, lo: int = 0, hi: int | None = None) -> np.ndarray:
-        """Examples lo … hi − 1 (default: all) of those that a step sees, counted in its phase."""
+    def indices(self, step: int) -> np.ndarray:
+        """The examples that a step sees, counted in its phase."""
         stage = self.stage(step)
-        first = stage.examples(step)
-        found = np.arange(first + lo, first + (stage.size if hi is None else hi))
+        found = stage.examples(step) + np.arange(stage.size)
         for phase, begin, end in self._left_out:
             if phase == stage.phase:
                 found = np.where(found >= begin, found + (end - begin), found)
@@ -199,10 +198,28 @@ class Plan:
                 )
 
 
+@dataclass(frozen=True)
+class Share:
+    """Some rows of a batch: it is cut into `of` equal parts, and these are the ones numbered
+    `parts`, in rising order. On a torus, a host's devices need not hold neighbouring rows.
+    """
+
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
+
+    def rows(self, size: int) -> np.ndarray:
+        """Their numbers in a batch of `size` rows."""
+        one = size // self.of
+        return (np.array(self.parts)[:, None] * one + np.arange(one)).reshape(-1)
+
+
+WHOLE = Share()
+
+
 class _Steps:
     """grain source whose element s is this process's rows of the batch of step s."""
 
-    def __init__(self, makes: Sequence[Make], plan: Plan, stop: int, share: Any):
+    def __init__(self, makes: Sequence[Make], plan: Plan, stop: int, share: Share):
         self._makes, self._plan, self._stop, self._share = makes, plan, stop, share
 
     def __len__(self) -> int:
@@ -210,9 +227,9 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Arrays:
         stage = self._plan.stage(int(index))
-        lo, hi = (self._share[i] * stage.size // self._share[2] for i in (0, 1))
+        mine = self._plan.indices(int(index))[self._share.rows(stage.size)]
         try:
-            return self._makes[stage.phase](self._plan.indices(int(index), lo, hi))
+            return self._makes[stage.phase](mine)
         except StopIteration as error:  # would pass for the end of the run
             raise RuntimeError(f"the examples of step {index} ended") from error
 
@@ -222,10 +239,10 @@ def host_batches(
     plan: Plan,
     start: int,
     stop: int,
-    share: tuple[int, int, int] = (0, 1, 1),
+    share: Share = WHOLE,
     workers: int = 0,
 ) -> Iterator[Arrays]:
-    """Batches of steps start … stop − 1 as numpy: part [a/n, b/n) of each for share (a, b, n).
+    """Batches of steps start … stop − 1 as numpy, of each the rows of `share`.
 
     Args:
       makes: for each phase, example indices (B,) to arrays of B rows; picklable if there are
@@ -257,23 +274,23 @@ def _leave_with_parent(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def my_share() -> tuple[int, int, int]:
-    """This process's rows of a batch as (a, b, n): part [a/n, b/n), by where its devices lie."""
-    rows = sharding.axis_size(*sharding.BATCH_AXES)
-    placed = sharding.batch_sharding().addressable_devices_indices_map((rows,))
-    mine = [index[0].indices(rows)[:2] for index in placed.values() if index]
-    return min(lo for lo, _ in mine), max(hi for _, hi in mine), rows
+def share_of(process: int) -> Share:
+    """The rows that a process builds: those that its devices hold on the mesh in use."""
+    count = sharding.axis_size(*sharding.BATCH_AXES)
+    placed = sharding.batch_sharding().devices_indices_map((count,)).items()
+    mine = {index[0].indices(count)[0] for d, index in placed if d.process_index == process}
+    return Share(tuple(sorted(mine)), count)
 
 
-def place(batch: Arrays, size: int, share: tuple[int, int, int]) -> dict[str, jax.Array]:
+def place(batch: Arrays, size: int, share: Share) -> dict[str, jax.Array]:
     """This process's rows as part of global arrays of `size` rows, sharded over the batch axes."""
-    first = share[0] * size // share[2]
-    placed = sharding.batch_sharding()
+    numbers, placed = share.rows(size), sharding.batch_sharding()
 
     def globally(rows: np.ndarray) -> jax.Array:
         def local(index: Any) -> np.ndarray:
             lo, hi, _ = index[0].indices(size)
-            return rows[lo - first : hi - first]
+            at = int(np.searchsorted(numbers, lo))
+            return rows[at : at + hi - lo]
 
         return jax.make_array_from_callback((size, *rows.shape[1:]), placed, local)
 
@@ -285,7 +302,7 @@ def batches(
     makes: Sequence[Make], plan: Plan, start: int, stop: int, workers: int = 0
 ) -> Iterator[dict[str, jax.Array]]:
     """Device batches of steps start … stop − 1, each placed while the step before it runs."""
-    share = my_share()
+    share = share_of(jax.process_index())
     ahead = None
     host = host_batches(makes, plan, start, stop, share, workers)
     for step, batch in zip(range(start, stop), host, strict=True):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmjax.batches import Plan, host_batches
+from lmjax.batches import Plan, Share, host_batches
 from lmjax.document import Document
 from lmjax.examples.streams import Streams
 from lmjax.store import Split, build_store, open_store
@@ -330,7 +330,7 @@ def test_batches_do_not_depend_on_hosts_or_workers(sixty: Split):
     maker = Streams(length=4, streams=4)
     make, plan = partial(maker.train, sixty, 7), Plan(4, 4)
     whole = list(host_batches([make], plan, 0, 6))
-    halves = [list(host_batches([make], plan, 2, 6, (h, h + 1, 2), workers=h)) for h in (0, 1)]
+    halves = [list(host_batches([make], plan, 2, 6, Share((h,), 2), workers=h)) for h in (0, 1)]
     for step in range(2, 6):
         for name in ("words_BXL", "characters_BXLC", "targets_BXL"):
             parts = [half[step - 2][name] for half in halves]
