@@ -82,7 +82,7 @@ def _states(model: Any, params: Any, layer: int) -> Callable[[batches.Arrays], n
 
     def states(batch: batches.Arrays) -> np.ndarray:
         size = len(batch["tokens_BL"])
-        return np.asarray(apply(params, batches.place(batch, size, (0, 1, 1))))
+        return np.asarray(apply(params, batches.place(batch, size, batches.WHOLE)))
 
     return states
 

@@ -106,7 +106,7 @@ def save(run: Run, folder: Path, say: Say) -> list[Path]:
     Raises:
       ValueError: the batch does not fit the mesh, or the folder is not the user's alone.
     """
-    run.plan().check(*run.microbatches())
+    run.check()
     state = abstract_state(run.model, run.optimiser(), run.batch)
     stages = {str(_shape(run, stage)): stage for stage in run.plan().stages}
     paths = []

@@ -134,8 +134,18 @@ class Run:
         return Plan(self.batch, length, self.ramp, second, skip)
 
     def check(self) -> None:
-        """Raises ValueError for batches, or tokens of a row, that the mesh in use cannot split."""
+        """Raises ValueError for batches, heads, or tokens of a row, that the mesh in use cannot
+        split.
+        """
         self.plan().check(*self.microbatches())
+        parts = sharding.axis_size(sharding.TENSOR)
+        for name in ("heads", "generator_heads"):
+            if (heads := getattr(self.model, name, parts)) % parts:
+                raise ValueError(
+                    f"model.{name}={heads}: heads are whole, and mesh axis tensor={parts} does not "
+                    "divide their number; choose another --mesh.tensor (--mesh.fsdp splits "
+                    "parameters as well)"
+                )
         size = sharding.axis_size(sharding.SEQUENCE)
         if size > 1 and hasattr(self.model, "initial_carry"):
             raise ValueError(

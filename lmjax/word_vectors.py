@@ -216,7 +216,7 @@ class _Net:
     def zeros(self) -> Any:
         """The state before any word."""
         rows: Any = jax.tree.map(np.asarray, initial_carry(self._model, self._size))
-        return batches.place(rows, self._size, (0, 1, 1))
+        return batches.place(rows, self._size, batches.WHOLE)
 
     def __call__(self, sentences: list[list[str]], carry: Any) -> tuple[list[np.ndarray], Any]:
         """States (K, T, D), D of both directions, of each sentence, and the state behind it."""
@@ -225,7 +225,9 @@ class _Net:
         length = next((n for n in _WINDOWS if n >= longest), _WINDOWS[-1])
         parts = []
         for start in range(0, longest, length):
-            batch = batches.place(spelt.window(start, length, self._size), self._size, (0, 1, 1))
+            batch = batches.place(
+                spelt.window(start, length, self._size), self._size, batches.WHOLE
+            )
             states_KBXLD, carry = self._apply(self._params, batch, carry)
             parts.append(np.asarray(states_KBXLD)[:, : len(spelt.rows)])
         states_KBXLD = np.concatenate(parts, 3) if len(parts) > 1 else parts[0]
