@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lmjax.run import Run
 from lmjax.skips import Skips
 from lmjax.step import State, abstract_state, create_state
 from lmjax.steps import newest_in_words, newest_step
+from lmjax.witness import Witness
 from lmjax.workdir import (
     RunLock,
     check_vocabulary,
@@ -38,6 +39,8 @@ from lmjax.workdir import (
     refuse_skipping_the_past,
 )
 
+Note = Callable[[int, Any, Any], None]
+
 
 def train(
     run: Run,
@@ -46,6 +49,7 @@ def train(
     allow: tuple[str, ...] = (),
     stop_at: int = 0,
     compiled: Path | None = None,
+    witness: Path | None = None,
 ) -> int:
     """Trains until `run.steps`, resuming what `workdir` holds; returns the step that it reached.
 
@@ -56,6 +60,7 @@ def train(
       allow: dotted keys that may differ from the recorded recipe.
       stop_at: leave early, after this step, as a signal would (0: never).
       compiled: a folder of steps that `plan --save` compiled.
+      witness: a file to write each step's batch and loss to, by `lmjax.witness`; slows the run.
 
     Raises:
       ValueError: the recipe, the data or the checkpoint do not fit each other.
@@ -75,17 +80,28 @@ def train(
         recorded = recipe.to_json(run)
         with contextlib.closing(Checkpoints(workdir, recorded, run.keep, print)) as checkpoints:
             state, first = _resume_or_begin(run, checkpoints)
-            if first < run.steps:
-                with _Stop() as stop:
+            end = min(stop_at or run.steps, run.steps)
+            if first < end:
+                with _Stop() as stop, _noted(witness) as note:
                     log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
                     programs = Programs(run, log.say, compiled)
                     state = _loop(
-                        run, prepared, state, first, workdir, programs, log, checkpoints, stop,
-                        stop_at,
+                        run, prepared, state, range(first, end), workdir, programs, log,
+                        checkpoints, stop, note,
                     )  # fmt: skip
     if hosts.is_first():
         print(f"report: {write_report(workdir)}")
     return int(state.step)
+
+
+@contextlib.contextmanager
+def _noted(path: Path | None) -> Iterator[Note]:
+    """What is told of each step: its number, batch and metrics."""
+    if path is None:
+        yield lambda step, batch, metrics: None
+        return
+    with contextlib.closing(Witness(path)) as witness:
+        yield witness.step
 
 
 @contextlib.contextmanager
@@ -119,15 +135,15 @@ def _loop(
     run: Run,
     prepared: Prepared,
     state: State,
-    first: int,
+    span: range,
     workdir: Path,
     programs: Programs,
     log: "Recorder | Silent",
     checkpoints: Checkpoints,
     stop: "_Stop",
-    stop_at: int,
+    note: Note,
 ) -> State:
-    """Steps `first` … `run.steps` − 1. The host never waits for the step that it just started."""
+    """The steps of `span`. The host never waits for the step that it just started."""
     plan, phases = run.plan(), range(len(run.makers()))
     examples = [
         partial(maker.train, prepared.store.splits["train"], run.seed) for maker in run.makers()
@@ -147,8 +163,8 @@ def _loop(
         skips.step(step, values)
 
     with contextlib.closing(log), jax.transfer_guard("disallow"):
-        steps = batches(examples, plan, first, run.steps, run.workers)
-        for done, batch in zip(itertools.count(first + 1), steps, strict=False):
+        steps = batches(examples, plan, span.start, span.stop, run.workers)
+        for done, batch in zip(itertools.count(span.start + 1), steps, strict=False):
             if _due(done, run.check_every):
                 state, metrics = checked_step(partial(programs, done - 1), state, batch, done)
             else:
@@ -157,7 +173,8 @@ def _loop(
                 settle(*late)
             late = (done, metrics)
             stopping = agreed(bool(stop))
-            last = done == run.steps or done == stop_at or stopping
+            note(done, batch, metrics)
+            last = done == span.stop or stopping
             scoring = not stopping and (last or _due(done, run.evaluate_every))
             saving = last or _due(done, run.save_every)
             if scoring or saving:  # both wait for the step anyway, and a saved step has its line

@@ -117,6 +117,12 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
     )
     about = "steps that `plan --save` compiled; only from a folder that is yours alone (0700)"
     parser.add_argument("--compiled", metavar="DIR", help=about)
+    parser.add_argument(
+        "--until", type=int, default=0, metavar="STEP", help="save after this step and leave"
+    )
+    parser.add_argument(
+        "--witness", metavar="FILE", help="write each step's batch and loss there, for comparison"
+    )
 
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
@@ -127,10 +133,14 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
 
     allow = tuple(k for k in arguments.allow.split(",") if k)
     # A run goes on when nobody reads its output any more.
+    if arguments.until < 0:
+        raise ValueError(f"--until={arguments.until}: a step from 1 up")
+    witness = None if arguments.witness is None else Path(arguments.witness)
     with contextlib.redirect_stdout(Unbreakable(sys.stdout)), _one_voice():
         train(
             run, _folder("workdir", arguments.workdir), _about(arguments), allow,
             compiled=_folder("compiled", arguments.compiled) if arguments.compiled else None,
+            stop_at=arguments.until, witness=witness,
         )  # fmt: skip
 
 
@@ -330,6 +340,26 @@ def _batch(arguments: argparse.Namespace, keys: Assignments) -> None:
     show_batch(run, _folder("workdir", arguments.workdir), arguments.step, arguments.json)
 
 
+def _drill_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kills", type=int, default=3, metavar="N", help="SIGKILLs (default %(default)s)")
+    add("--draw", type=int, default=0, metavar="SEED", help="of the moments and the damage")
+    add("--folder", metavar="DIR", help="a new folder to leave all runs in")
+
+
+def _drill(arguments: argparse.Namespace, keys: Assignments) -> None:
+    run = _load(arguments, keys)
+    if arguments.kills < 0:
+        raise ValueError(f"--kills={arguments.kills}: must be 0 or more")
+    from lmjax.drill import drill
+
+    typed = [arguments.experiment, *(["--tiny"] if arguments.tiny else [])]
+    typed += [f"--{key}={value}" for key, value in keys]
+    keep = None if arguments.folder is None else _folder("folder", arguments.folder)
+    if not drill(run, typed, arguments.kills, arguments.draw, keep):
+        sys.exit(1)
+
+
 _EXAMPLE = "python -m lmjax {} experiments/gpt2_small.py "
 VERBS = {
     "train": Verb(
@@ -377,6 +407,12 @@ VERBS = {
         _plan,
         _plan_flags,
         caches=False,
+    ),
+    "drill": Verb(
+        "Kills, damages, moves and resumes a run, and compares it with one left in peace.",
+        _EXAMPLE.format("drill") + "--tiny --kills=3",
+        _drill,
+        _drill_flags,
     ),
     "import": Verb(
         "Starts a run directory from a folder of Hugging Face, Google (BERT) or bilm-tf (ELMo).",

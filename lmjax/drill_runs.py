@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts, stops and kills `train` in processes of its own, as a scheduler or a bad day would."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lmjax.steps import folder as checkpoints_of
+from lmjax.witness import Seen, seen
+
+_POLL = 0.0005  # seconds
+
+
+class Process(NamedTuple):
+    """A process that trains, and the file that it prints to."""
+
+    popen: "subprocess.Popen[bytes]"
+    log: Path
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """`train` of one experiment, with the same keys each time.
+
+    Args:
+      arguments: EXPERIMENT and its keys, as typed.
+      folder: holds a run directory and a witness for every name.
+      timeout: seconds after which a process counts as stuck.
+    """
+
+    arguments: tuple[str, ...]
+    folder: Path
+    timeout: float
+
+    def workdir(self, name: str) -> Path:
+        """The run directory of that name."""
+        return self.folder / name
+
+    def seen(self, name: str) -> list[Seen]:
+        """What the steps of a run saw, in the order in which they ran, all starts together."""
+        return seen(self._witness(name))
+
+    def forget(self, name: str) -> None:
+        """Begins a new witness."""
+        self._witness(name).unlink(missing_ok=True)
+
+    def run(self, name: str, *keys: str, devices: int = 0) -> str:
+        """Trains to the end of what is asked for; returns what was printed.
+
+        Raises:
+          ValueError: it did not exit with 0, or not in time.
+        """
+        return self.finish(self.start(name, *keys, devices=devices))
+
+    def finish(self, process: "Process") -> str:
+        """Waits for the end of a process, and returns what it printed; errors as `run`."""
+        try:
+            code = process.popen.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            process.popen.kill()
+            process.popen.wait()
+            code = f"stuck for {self.timeout:g} s"
+        printed = process.log.read_text("utf-8", errors="replace")
+        if code:
+            end = "\n".join(line[:200] for line in re.split(r"[\r\n]+", printed.strip())[-12:])
+            raise ValueError(
+                f"{process.log}: {code if isinstance(code, str) else f'exit {code}'}\n{end}"
+            )
+        return printed
+
+    def start(
+        self, name: str, *keys: str, devices: int = 0, place: tuple[str, int, int] | None = None
+    ) -> "Process":
+        """Begins to train; `devices` CPU devices (0: what there is); place: (address, count, i)."""
+        env = dict(os.environ)
+        if devices:
+            kept = [f for f in env.get("XLA_FLAGS", "").split() if "host_platform_device" not in f]
+            flag = f"--xla_force_host_platform_device_count={devices}"
+            env |= {"XLA_FLAGS": " ".join([*kept, flag]), "JAX_PLATFORMS": "cpu"}
+        if place:
+            names = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
+            env |= dict(zip(names, map(str, place), strict=True))
+        command = [sys.executable, "-u", "-m", "lmjax", "train", *self.arguments]
+        command += [f"--workdir={self.workdir(name)}", f"--witness={self._witness(name)}", *keys]
+        # A file: a pipe that nobody reads would fill and stop the run.
+        log = self.folder / f"{name}.{len(list(self.folder.glob(f'{name}.*.log')))}.log"
+        with open(log, "wb") as printed:
+            popen = subprocess.Popen(command, env=env, stdout=printed, stderr=subprocess.STDOUT)
+        return Process(popen, log)
+
+    def together(self, name: str, count: int, devices: int, *keys: str) -> None:
+        """Trains as `count` processes over loopback, each with so many CPU devices."""
+        address = f"127.0.0.1:{_free_port()}"
+        processes = [
+            self.start(name, *keys, devices=devices, place=(address, count, index))
+            for index in range(count)
+        ]
+        try:
+            for process in processes:
+                self.finish(process)
+        finally:
+            for process in processes:
+                process.popen.kill()
+
+    def stopped(self, name: str, number: int, step: int, delay: float, saving: bool) -> bool:
+        """Trains until a step, or the next save after it, then sends a signal.
+
+        After SIGKILL the process is gone; after others it must exit with 0.
+
+        Args:
+          delay: seconds between the moment and the signal.
+
+        Returns:
+          Whether the signal came before the end of the run.
+        """
+        process = self.start(name)
+        reached = self._wait(process, lambda: any(s.step >= step for s in self.seen(name)[-1:]))
+        if reached and saving:
+            reached = self._wait(process, lambda: any(_unfinished(self.workdir(name))))
+        time.sleep(delay)
+        if not reached or process.popen.poll() is not None:
+            self.finish(process)
+            return False
+        process.popen.send_signal(number)
+        if number == signal.SIGKILL:
+            process.popen.wait()
+        else:
+            self.finish(process)
+        return True
+
+    def _wait(self, process: "Process", come: Callable[[], bool]) -> bool:
+        """Whether it came before the process ended. Errors: ValueError after the timeout."""
+        deadline = time.monotonic() + self.timeout
+        while process.popen.poll() is None:
+            if come():
+                return True
+            if time.monotonic() > deadline:
+                self.finish(process)
+            time.sleep(_POLL)
+        return False
+
+    def _witness(self, name: str) -> Path:
+        return self.folder / f"{name}.witness"
+
+
+def _unfinished(workdir: Path) -> Iterator[Path]:
+    """Checkpoints that are being written."""
+    return (
+        p for p in checkpoints_of(workdir).glob("*") if not p.name.isdigit() and "tmp" in p.name
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drill: it holds on a recipe of each family, and it sees what does not hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from commands import lmjax, write_text
+
+from lmjax import recipe
+from lmjax.drill import Verdict, drill
+from lmjax.drill_runs import Trainer
+from lmjax.run import replace
+from lmjax.witness import seen
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("name", ["gpt2_small", "bert_base", "elmo"])
+def test_a_recipe_of_each_family_passes(name, tmp_path):
+    out, _ = lmjax(
+        "drill", f"experiments/{name}.py", "--tiny", "--kills=1", "--steps=24",
+        f"--folder={tmp_path / 'drill'}",
+    )  # fmt: skip
+    last = out.strip().split("\n")[-1]
+    assert re.fullmatch(
+        r"drill: all \d\d comparisons hold after 1× SIGKILL, 1× SIGTERM, 1× SIGINT, 3× damaged"
+        r" checkpoint, 2× control, 2× change of devices, 1× change of processes",
+        last,
+    ), out
+    assert out.count("losses bit-equal") >= 4
+
+
+def lines(*steps: tuple[int, str, float]) -> str:
+    return "".join(json.dumps([n, batch, loss.hex()]) + "\n" for n, batch, loss in steps)
+
+
+def test_a_witness_is_read_though_its_last_line_was_cut(tmp_path):
+    path = tmp_path / "w"
+    path.write_text(lines((1, "a", 0.5), (2, "b", 0.25)) + '[3, "c')
+    assert [(s.step, s.batch, s.value) for s in seen(path)] == [(1, "a", 0.5), (2, "b", 0.25)]
+    with open(path, "a") as file:  # the run went on
+        file.write(lines((2, "b", 0.25)))
+    assert [s.step for s in seen(path)] == [1, 2, 2]
+    assert seen(tmp_path / "none") == []
+
+
+class Puppet(Trainer):
+    """Runs that leave what a test says instead of training."""
+
+    def run(self, name: str, *keys: str, devices: int = 0) -> str:
+        played = self.folder.parent / "played" / name
+        if not played.exists():
+            raise ValueError(f"nothing played for {name}")
+        (self.folder / f"{name}.witness").write_text(played.read_text())
+        return ""
+
+
+def test_what_differs_is_found_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmjax.drill.Trainer", Puppet)
+    monkeypatch.setattr("lmjax.drill.stored_fingerprints", lambda workdir, step: {"w": "0"})
+    straight = [(n, f"b{n}", 1.0 + n) for n in range(1, 5)]
+    played = tmp_path / "played"
+    played.mkdir()
+    (played / "straight").write_text(lines(*straight))
+    (played / "meshes").write_text(lines(*straight[:2], (3, "other", 4.0), (4, "b4", 5.001)))
+    run = replace(recipe.load("experiments/demo.py", tiny=True), steps=4)
+    said: list[str] = []
+    arguments = ["experiments/demo.py", "--tiny", "--steps=4"]
+    kept = tmp_path / "kept"
+    monkeypatch.setattr("lmjax.drill._Drill.stops", lambda self, kills: None)
+    monkeypatch.setattr("lmjax.drill._Drill.damage", lambda self: None)
+    monkeypatch.setattr("lmjax.drill._Drill.controls", lambda self: None)
+    assert not drill(run, arguments, 0, 0, kept, said.append)
+    told = "\n".join(said)
+    assert "FAILED meshes: batches: step 3 saw another batch (1 such)" in told
+    assert "FAILED meshes: losses: step 4 has another loss (1 such)" in told
+    assert re.fullmatch(r"drill: \d+ of \d+ comparisons FAILED after .*", said[-1])
+    assert str(kept) in told
+
+
+def test_without_a_straight_run_nothing_else_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmjax.drill.Trainer", Puppet)
+    run = recipe.load("experiments/demo.py", tiny=True)
+    said: list[str] = []
+    assert not drill(run, ["experiments/demo.py", "--tiny"], 1, 0, tmp_path / "kept", said.append)
+    assert said[-1] == "drill: 1 of 1 comparisons FAILED after nothing"
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    _, errors = lmjax("drill", "experiments/demo.py", "--tiny", f"--folder={tmp_path}", code=2)
+    assert "is not empty; a drill needs a folder of its own" in errors
+    _, errors = lmjax("drill", "experiments/demo.py", "--tiny", "--kills=-1", code=2)
+    assert "--kills=-1: must be 0 or more" in errors
+
+
+def test_the_sentence_counts():
+    verdict = Verdict()
+    verdict.count("SIGKILL", 3)
+    verdict.check("a")
+    assert verdict.sentence() == "drill: all 1 comparisons hold after 3× SIGKILL"
+    verdict.check("b", "differs", "is missing")
+    assert verdict.sentence() == "drill: 2 of 3 comparisons FAILED after 3× SIGKILL"
