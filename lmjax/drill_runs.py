@@ -98,7 +98,7 @@ class Trainer:
 
     def together(self, name: str, count: int, devices: int, *keys: str) -> None:
         """Trains as `count` processes over loopback, each with so many CPU devices."""
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         processes = [
             self.start(name, *keys, devices=devices, place=(address, count, index))
             for index in range(count)
@@ -158,7 +158,8 @@ def _unfinished(workdir: Path) -> Iterator[Path]:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
