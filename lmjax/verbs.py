@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmjax import hosts, recipe
+from lmjax import hosts, process_flags, recipe
 
 Assignments = list[tuple[str, str]]
 
@@ -94,24 +94,9 @@ def _one_voice() -> Iterator[None]:
         yield
 
 
-def _processes(parser: argparse.ArgumentParser) -> None:
-    """Several processes as one run, where they do not find each other by themselves."""
-    for flag, form, about in zip(
-        hosts.FLAGS,
-        ("HOST:PORT", "N", "I"),
-        ("of process 0, for a run of several processes", "how many", "which one this is, from 0"),
-        strict=True,
-    ):
-        parser.add_argument(flag, metavar=form, help=about)
-
-
-def _join(arguments: argparse.Namespace) -> None:
-    hosts.join(flags=(arguments.coordinator, arguments.processes, arguments.process))
-
-
 def _train_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
-    _processes(parser)
+    process_flags.add_flags(parser)
     parser.add_argument(
         "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
     )
@@ -127,7 +112,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load(arguments, keys)
-    _join(arguments)
+    process_flags.join_by_flags(arguments)
     from lmjax.progress import Unbreakable
     from lmjax.train import train
 
@@ -146,7 +131,7 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _workdir(parser)
-    _processes(parser)
+    process_flags.add_flags(parser)
     parser.add_argument("--split", default="", help="default: test, or validation without one")
     about = "encoders: tokens to mask one at a time, at most (default %(default)s)"
     parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=about)
@@ -154,7 +139,7 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = _load_recorded(arguments, keys)
-    _join(arguments)
+    process_flags.join_by_flags(arguments)
     hosts.watch()
     from lmjax.evaluate import evaluate
 

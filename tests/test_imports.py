@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lmjax"
 FLOORS = (
     "document watch manifest steps compilation",
     "hosts",
+    "process_flags",
     "text_bytes",
     "text_files",
     "text",

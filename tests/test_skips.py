@@ -13,7 +13,7 @@ from commands import DEMO, ROOT, lmjax, tiny, write_text
 from test_step import Linear, two_losses
 
 from lmjax import recipe
-from lmjax.batches import Plan, Ramp, host_batches, spans
+from lmjax.batches import Plan, Ramp, Share, host_batches, spans
 from lmjax.layers import Outputs
 from lmjax.metrics import read_metrics
 from lmjax.optim import AdamW
@@ -95,7 +95,7 @@ def seen(plan: Plan, steps: int, hosts: int = 1) -> list[list[int]]:
         return {"i": examples}
 
     parts = [
-        list(host_batches((make, make), plan, 0, steps, (h, h + 1, hosts))) for h in range(hosts)
+        list(host_batches((make, make), plan, 0, steps, Share((h,), hosts))) for h in range(hosts)
     ]
     return [[int(i) for part in parts for i in part[s]["i"]] for s in range(steps)]
 
