@@ -41,11 +41,13 @@ class Sentinel:
         self.token = token or secrets.token_hex(8)
         settings = [os.getpid(), index, count, socket.gethostname(), address, self.token]
         self._child = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__)), json.dumps(settings)],
+            [sys.executable, "-P", str(Path(__file__))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert self._child.stdin and self._child.stdout
         self._pipe = self._child.stdin
+        self._pipe.write(json.dumps(settings).encode() + b"\n")  # other users see arguments
+        self._pipe.flush()
         self.port = int(self._child.stdout.readline() or 0)  # of process 0
         self._child.stdout.close()
 
@@ -210,8 +212,13 @@ class _Watch:
         sys.exit(0)
 
 
-def main(settings: str) -> None:
-    """The sentinel's process."""
+def main() -> None:
+    """The sentinel's process; its settings come first on its standard input."""
+    settings = b""
+    while not settings.endswith(b"\n"):
+        if not (letter := os.read(0, 1)):
+            return
+        settings += letter
     parent, index, count, host, address, token = json.loads(settings)
     watch = _Watch(parent, index, count, host, token)
     try:
@@ -225,4 +232,4 @@ def main(settings: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
