@@ -39,15 +39,24 @@ def here(devices: Sequence[Any]) -> About:
     }
 
 
-def save(program: Any, folder: Path, about: About) -> Path:
-    """Writes a compiled step, which takes (state, batch), and what it depends on; returns its file.
+def prepare(folder: Path) -> None:
+    """Makes the folder, for this user alone.
 
     Raises:
-      ValueError: the folder is not the user's alone.
+      ValueError: it is there, and not the user's alone.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if reason := not_private(folder):
         raise ValueError(reason)
+
+
+def save(program: Any, folder: Path, about: About) -> Path:
+    """Writes a compiled step, which takes (state, batch), and what it depends on; returns its file.
+
+    Raises:
+      ValueError: as `prepare`.
+    """
+    prepare(folder)
     content, _, out_tree = serialize_executable.serialize(program)
     metrics = jax.tree.unflatten(out_tree, range(out_tree.num_leaves))[1]
     found = hashlib.sha256(content).hexdigest()

@@ -16,6 +16,7 @@ from commands import DEMO, ROOT, environment, lmjax, tiny, write_text
 from jax.experimental.compilation_cache import compilation_cache
 
 from lmjax import compilation, executables, programs, recipe, sharding
+from lmjax.__main__ import main
 from lmjax.batches import Ramp
 from lmjax.examples.windows import Windows
 from lmjax.metrics import read_metrics
@@ -290,13 +291,17 @@ def test_a_step_is_loaded_only_where_everything_agrees(saved, tmp_path):
     assert "cannot be read" in refusal(run, tmp_path / "absent")
 
 
-def test_a_step_is_loaded_only_from_a_private_folder_and_whole(saved, monkeypatch):
+def test_a_step_is_loaded_only_from_a_private_folder_and_whole(saved, monkeypatch, capsys):
     run, folder = saved
     folder.chmod(0o750)
     try:
         assert "is open to other users (mode 750): chmod 700 it" in refusal(run, folder)
         with pytest.raises(ValueError, match="is open to other users"):
             executables.save(None, folder, {})
+        # `plan` says so before it compiles anything.
+        save = f"--save={folder}"
+        assert main(("plan", str(ROOT / DEMO), "--tiny", "--topology=v5e:1x1", save)) == 2
+        assert "is open to other users" in capsys.readouterr().err
     finally:
         folder.chmod(0o700)
     with monkeypatch.context() as patch:

@@ -34,6 +34,7 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
       ValueError: a flag, or what `plan` and `search` raise; before anything is compiled where it
         can be.
     """
+    from lmjax.executables import prepare
     from lmjax.plan.chips import devices
 
     names = [name for group in flags.topology for name in group.split(",") if name]
@@ -50,6 +51,8 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
         raise ValueError("--quick: --search looks for no largest batch; leave one of the two out")
     if flags.save and flags.search:
         raise ValueError("--save writes the steps of one mesh: choose it first, without --search")
+    if flags.save:
+        prepare(Path(flags.save))
     for topology in topologies:
         devices(topology)
     (_search if flags.search else _plan)(run, topologies, flags)
