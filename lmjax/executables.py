@@ -29,13 +29,13 @@ def here(devices: Sequence[Any]) -> About:
     """What a program depends on beside its recipe: libraries, our source, flags, devices."""
     return {
         "versions": {name: version(name) for name in _LIBRARIES},
-        "source": source(),
-        "flags": {name: os.environ.get(name, "") for name in _FLAGS},
         "devices": {
             "kind": devices[0].device_kind,
             "count": len(devices),
             "order": [[d.id, *getattr(d, "coords", ())] for d in devices],
         },
+        "source": source(),
+        "flags": {name: os.environ.get(name, "") for name in _FLAGS},
     }
 
 
