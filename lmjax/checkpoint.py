@@ -55,13 +55,7 @@ class Checkpoints:
         Raises:
           ValueError: there is none, but there were some.
         """
-        newest, aside = hosts.of_first([newest_step(self._workdir), damaged_folders(self._workdir)])
-        if newest is None and aside:
-            raise ValueError(
-                f"{folder(self._workdir)} holds only steps that were set aside"
-                f" ({', '.join(aside[:5])}); bring back a good one, or move them away to start over"
-            )
-        return newest
+        return _newest_step(self._workdir)
 
     def restore(self, target: State) -> State:
         """The newest state that verifies, with the shardings of `target`.
@@ -159,8 +153,8 @@ def load_params(workdir: Path, target: Any, say: Say | None = None) -> tuple[int
       ValueError: there is no checkpoint, its parameters are not those of `target`, or all are
         damaged.
     """
-    say = say or (lambda line: print(line, file=sys.stderr))
-    if hosts.of_first(newest_step(workdir)) is None:
+    say = say or (lambda line: print(line, file=sys.stderr) if hosts.is_first() else None)
+    if _newest_step(workdir) is None:
         raise ValueError(f"{workdir} holds no checkpoint yet; train first")
     step, tree, damaged = _newest_good(workdir, {"params": target}, say)
     for other, reason in damaged.items():
@@ -227,6 +221,16 @@ def check_shapes(stored: Any, wanted: dict[str, Any], name: str) -> None:
         more = [f"  … and {len(lines) - 10} more"] if len(lines) > 10 else []
         head = f"{name} does not fit the model:"
         raise ValueError("\n".join([head, *lines[:10], *more]))
+
+
+def _newest_step(workdir: Path) -> int | None:
+    newest, aside = hosts.of_first([newest_step(workdir), damaged_folders(workdir)])
+    if newest is None and aside:
+        raise ValueError(
+            f"{folder(workdir)} holds only steps that were set aside ({', '.join(aside[:5])});"
+            " bring back a good one, or move them away to start over"
+        )
+    return newest
 
 
 def _newest_good(workdir: Path, target: Any, say: Say) -> tuple[int, Any, dict[int, str]]:

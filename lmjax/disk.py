@@ -104,3 +104,4 @@ def _quiet_strays() -> None:
             report_thread(failed)
 
     sys.unraisablehook, threading.excepthook = hook, thread_hook
+    logging.getLogger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)

@@ -157,8 +157,10 @@ def test_where_all_steps_are_damaged_nothing_is_touched(workdir):
 
 def test_what_was_set_aside_is_no_reason_to_begin_again(tmp_path):
     (folder(tmp_path) / "damaged-2-x").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"only steps that were set aside \(damaged-2-x\)"):
-        Checkpoints(tmp_path, RECIPE, 2, print).latest()
+    checkpoints = Checkpoints(tmp_path, RECIPE, 2, print)
+    for read in (checkpoints.latest, lambda: load_params(tmp_path, {})):
+        with pytest.raises(ValueError, match=r"only steps that were set aside \(damaged-2-x\)"):
+            read()
 
 
 def test_a_checkpoint_from_before_fingerprints_is_restored_with_a_line(workdir, capsys):

@@ -7,11 +7,16 @@ One tiny program is compiled every time; those of the recipes take a minute or t
 import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lmjax import recipe
+from lmjax import recipe, sharding
 from lmjax.blocks import Remat
 from lmjax.examples.windows import Windows
+from lmjax.fingerprint import _of_each_device
 from lmjax.losses import _CHUNK_BYTES
 from lmjax.models.gpt import GPT
 from lmjax.plan import chips
@@ -211,3 +216,14 @@ def test_encoders_permute_nothing_over_fsdp(name: str):
     run = recipe.load(str(EXPERIMENTS / f"{name}.py"))
     gathered = sum(c.bytes * c.times for c in program.collectives("all-gather"))
     assert gathered <= 2.5 * 2 * run.parameters()
+
+
+@pytest.mark.slow
+def test_a_fingerprint_reads_the_array_once_and_keeps_nothing():
+    spec = P(None, "fsdp")
+    with sharding.use(Layout(2, 2, 1).mesh(chips.devices("v5e:2x2"))) as mesh:
+        x = jax.ShapeDtypeStruct((50_304, 768), jnp.float32, sharding=NamedSharding(mesh, spec))
+        compiled = _of_each_device(mesh, spec).lower(x).compile()
+    share = 50_304 * 768 * 4 / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < share / 100
+    assert compiled.cost_analysis()["bytes accessed"] < 1.05 * share
