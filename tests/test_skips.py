@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from commands import DEMO, ROOT, lmjax, tiny, write_text
+from test_hosts import start_two
 from test_step import Linear, two_losses
 
 from lmjax import recipe
@@ -209,3 +210,17 @@ def test_a_run_stops_names_the_documents_and_goes_on_without_them(tmp_path):
     assert "resumed at step 4" in out and "is skipped" not in out
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines][-1] == 8 and np.isfinite(lines[-1]["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_check_their_hardware(tmp_path):
+    text, workdir, file = write_text(tmp_path), tmp_path / "run", tmp_path / "bad.py"
+    file.write_text(EXPERIMENT.format(demo=str(ROOT / DEMO)))
+    keys = ("--steps=8", "--save_every=4", "--max_skipped=3", "--check_every=3")
+    processes = start_two("train", str(file), *tiny(workdir, text, *keys)[2:])
+    out, rest = (process.communicate(timeout=250)[0] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], (out, rest)
+    assert out.count(": computed twice, equal on 4 devices") == 2 and "saved step 4" in out
+    for said in (out, rest):
+        assert "3 updates in a row were skipped, steps 6 to 8" in said
+    assert "the update is skipped" not in rest and (workdir / "skipped-8.json").is_file()
