@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lmjax import compilation, hosts
 from lmjax.document import redacted
-from lmjax.verbs import VERBS, Assignments
+from lmjax.verb import Assignments
+from lmjax.verbs import VERBS
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,107 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each verb of the command line is: its flags, and what it does with them and the recipe."""
+"""The verbs of the command line: the flags of each, and what it does with them and the recipe."""
 
 import argparse
 import contextlib
 import json
 import os
-import runpy
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmjax import hosts, process_flags, recipe
-
-Assignments = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A command: what it does, its own flags, and a function (arguments, recipe keys) → None.
-
-    of_experiment: its first argument is an experiment file, whose keys may follow.
-    """
-
-    summary: str
-    example: str
-    act: Callable[[argparse.Namespace, Assignments], None]
-    flags: Callable[[argparse.ArgumentParser], None]
-    of_experiment: bool = True
-    caches: bool = True  # what it compiles is worth keeping
-
-
-def _workdir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory")
-
-
-def _folder(key: str, text: str) -> Path:
-    from lmjax.data import local_folder
-
-    return local_folder(key, text)
-
-
-def _load(arguments: argparse.Namespace, keys: Assignments) -> Any:
-    run = recipe.load(arguments.experiment, arguments.tiny)
-    _check_flags(arguments, keys, run)
-    return recipe.override(run, keys)
-
-
-def _check_flags(arguments: argparse.Namespace, keys: Assignments, run: Any) -> None:
-    """Raises ValueError for a key that looks more like a flag of the verb than like a key."""
-    names = [f.name for f in recipe.fields(run)]
-    typed = {"source": "from", "target": "to"}  # `from` is no name in Python
-    flags = [typed.get(n, n) for n in vars(arguments) if n not in ("verb", "experiment")]
-    for key, _ in keys:
-        near = recipe.nearest(key, [*names, *flags])
-        if key not in names and near in flags:
-            raise ValueError(f"unknown key --{key}; did you mean --{near}?")
-
-
-def _load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
-    """The experiment as the run directory recorded it, then the keys that were typed."""
-    from lmjax.workdir import recorded_run
-
-    run = recipe.load(arguments.experiment, arguments.tiny)
-    _check_flags(arguments, keys, run)
-    recorded = recorded_run(_folder("workdir", arguments.workdir))
-    for part in ("model", "loss"):
-        mine = recipe.to_json(getattr(run, part))
-        kind = mine.get("class", mine.get("function"))
-        theirs = recorded[part].get("class", recorded[part].get("function"))
-        if kind != theirs:
-            raise ValueError(
-                f"{arguments.workdir} holds a run with {part} {theirs}, "
-                f"{arguments.experiment} has {kind}: another experiment file"
-            )
-    return recipe.override(recipe.from_json(run, recorded), keys)
-
-
-def _about(arguments: argparse.Namespace) -> dict[str, str]:
-    bound = runpy.run_path(arguments.experiment)
-    name = Path(arguments.experiment).stem + (" (tiny)" if arguments.tiny else "")
-    return {"name": name, "description": (bound.get("__doc__") or "").strip()}
-
-
-@contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Of several processes only the first is heard."""
-    if hosts.is_first():
-        yield
-        return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+from lmjax.verb import (
+    Assignments,
+    Verb,
+    about,
+    add_workdir,
+    folder,
+    load_recorded,
+    load_run,
+    one_voice,
+)
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     process_flags.add_flags(parser)
     parser.add_argument(
         "--allow", default="", metavar="KEYS", help="recipe keys that may differ on resuming"
     )
-    about = "steps that `plan --save` compiled; only from a folder that is yours alone (0700)"
-    parser.add_argument("--compiled", metavar="DIR", help=about)
+    text = "steps that `plan --save` compiled; only from a folder that is yours alone (0700)"
+    parser.add_argument("--compiled", metavar="DIR", help=text)
     parser.add_argument(
         "--until", type=int, default=0, metavar="STEP", help="save after this step and leave"
     )
@@ -111,7 +38,7 @@ def _train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load(arguments, keys)
+    run = load_run(arguments, keys)
     process_flags.join_by_flags(arguments)
     from lmjax.progress import Unbreakable
     from lmjax.train import train
@@ -121,37 +48,37 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     if arguments.until < 0:
         raise ValueError(f"--until={arguments.until}: a step from 1 up")
     witness = None if arguments.witness is None else Path(arguments.witness)
-    with contextlib.redirect_stdout(Unbreakable(sys.stdout)), _one_voice():
+    with contextlib.redirect_stdout(Unbreakable(sys.stdout)), one_voice():
         train(
-            run, _folder("workdir", arguments.workdir), _about(arguments), allow,
-            compiled=_folder("compiled", arguments.compiled) if arguments.compiled else None,
+            run, folder("workdir", arguments.workdir), about(arguments), allow,
+            compiled=folder("compiled", arguments.compiled) if arguments.compiled else None,
             stop_at=arguments.until, witness=witness,
         )  # fmt: skip
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     process_flags.add_flags(parser)
     parser.add_argument("--split", default="", help="default: test, or validation without one")
-    about = "encoders: tokens to mask one at a time, at most (default %(default)s)"
-    parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=about)
+    text = "encoders: tokens to mask one at a time, at most (default %(default)s)"
+    parser.add_argument("--pseudo", type=int, default=1024, metavar="N", help=text)
 
 
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     process_flags.join_by_flags(arguments)
     hosts.watch()
     from lmjax.evaluate import evaluate
 
     other = any(key.startswith("data.corpus") for key, _ in keys)
     corpus = run.data.corpus if other else None
-    workdir = _folder("workdir", arguments.workdir)
-    with _one_voice():
+    workdir = folder("workdir", arguments.workdir)
+    with one_voice():
         evaluate(run, workdir, arguments.split, corpus, arguments.pseudo)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     add = parser.add_argument
     add("--prompt", default="", help="text to go on from")
     add("--tokens", type=int, default=200, help="how many tokens at most (default %(default)s)")
@@ -174,7 +101,7 @@ def _text(flag: str, text: str) -> str:
 
 def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
     prompt = _text("prompt", arguments.prompt)
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     from lmjax.generate import Sampling
     from lmjax.sample import sample
 
@@ -186,13 +113,13 @@ def _generate(arguments: argparse.Namespace, keys: Assignments) -> None:
         seed=arguments.seed,
     )
     sample(
-        run, _folder("workdir", arguments.workdir), prompt, how, tokens=arguments.tokens,
+        run, folder("workdir", arguments.workdir), prompt, how, tokens=arguments.tokens,
         beams=arguments.beams, stop=[_text("stop", stop) for stop in arguments.stop],
     )  # fmt: skip
 
 
 def _fill_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     parser.add_argument("--text", required=True, help="a text with [MASK] where words are wanted")
     parser.add_argument("--top", type=int, default=5, help="words a mask (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
@@ -200,14 +127,14 @@ def _fill_flags(parser: argparse.ArgumentParser) -> None:
 
 def _fill(arguments: argparse.Namespace, keys: Assignments) -> None:
     text = _text("text", arguments.text)
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     from lmjax.fill import fill
 
-    fill(run, _folder("workdir", arguments.workdir), text, arguments.top, arguments.json)
+    fill(run, folder("workdir", arguments.workdir), text, arguments.top, arguments.json)
 
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     from lmjax.embed_flags import add_flags
 
     add_flags(parser)
@@ -215,13 +142,13 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
 
 def _embed(arguments: argparse.Namespace, keys: Assignments) -> None:
     text = _text("text", arguments.text or "")
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     from lmjax.embed_flags import embed_by_flags
     from lmjax.vectors import lines_of
 
     texts = [text] if arguments.file is None else lines_of(Path(arguments.file))
     target = Path(arguments.target) if arguments.target else None
-    workdir = _folder("workdir", arguments.workdir)
+    workdir = folder("workdir", arguments.workdir)
     count = embed_by_flags(run, workdir, texts, target, arguments)
     if target:
         print(f"{count:,} texts → {target}")
@@ -232,12 +159,12 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load(arguments, keys)
+    run = load_run(arguments, keys)
     from lmjax.run import describe
 
     resolved, summary = recipe.to_json(run), describe(run)
     if not arguments.json:
-        print(_about(arguments)["description"] + "\n")
+        print(about(arguments)["description"] + "\n")
         for key, value in recipe.flatten(resolved):
             if not key.endswith(("class", "function")):
                 print(f"--{key}={value}")
@@ -249,7 +176,7 @@ def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     parser.add_argument(
         "--from",
         dest="source",
@@ -260,27 +187,27 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load(arguments, keys)
+    run = load_run(arguments, keys)
     from lmjax.convert.exchange import import_folder
 
     import_folder(
         run,
-        _folder("from", arguments.source),
-        _folder("workdir", arguments.workdir),
-        _about(arguments),
+        folder("from", arguments.source),
+        folder("workdir", arguments.workdir),
+        about(arguments),
     )
 
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     parser.add_argument("--to", dest="target", required=True, metavar="FOLDER", help="a new folder")
 
 
 def _export(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     from lmjax.convert.exchange import export_folder
 
-    export_folder(run, _folder("workdir", arguments.workdir), _folder("to", arguments.target))
+    export_folder(run, folder("workdir", arguments.workdir), folder("to", arguments.target))
 
 
 def _plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +218,7 @@ def _plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace, keys: Assignments) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever is here, nothing is asked of it
-    run = _load(arguments, keys)
+    run = load_run(arguments, keys)
     from lmjax.plan.flags import plan_by_flags
 
     plan_by_flags(run, arguments)
@@ -299,8 +226,8 @@ def _plan(arguments: argparse.Namespace, keys: Assignments) -> None:
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", metavar="DIR", help="a run's directory")
-    about = "rename damaged steps, so that nothing reads them again"
-    parser.add_argument("--set-aside", action="store_true", help=about)
+    text = "rename damaged steps, so that nothing reads them again"
+    parser.add_argument("--set-aside", action="store_true", help=text)
 
 
 def _verify(arguments: argparse.Namespace, keys: Assignments) -> None:
@@ -309,20 +236,20 @@ def _verify(arguments: argparse.Namespace, keys: Assignments) -> None:
         raise ValueError(f"unknown flag --{keys[0][0]}: verify reads no recipe")
     from lmjax.verify import verify
 
-    verify(_folder("workdir", arguments.workdir), arguments.set_aside)
+    verify(folder("workdir", arguments.workdir), arguments.set_aside)
 
 
 def _batch_flags(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser)
+    add_workdir(parser)
     parser.add_argument("step", type=int, metavar="STEP", help="as metrics.jsonl counts, from 1")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
 def _batch(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load_recorded(arguments, keys)
+    run = load_recorded(arguments, keys)
     from lmjax.seen import show_batch
 
-    show_batch(run, _folder("workdir", arguments.workdir), arguments.step, arguments.json)
+    show_batch(run, folder("workdir", arguments.workdir), arguments.step, arguments.json)
 
 
 def _drill_flags(parser: argparse.ArgumentParser) -> None:
@@ -333,14 +260,14 @@ def _drill_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _drill(arguments: argparse.Namespace, keys: Assignments) -> None:
-    run = _load(arguments, keys)
+    run = load_run(arguments, keys)
     if arguments.kills < 0:
         raise ValueError(f"--kills={arguments.kills}: must be 0 or more")
     from lmjax.drill import drill
 
     typed = [arguments.experiment, *(["--tiny"] if arguments.tiny else [])]
     typed += [f"--{key}={value}" for key, value in keys]
-    keep = None if arguments.folder is None else _folder("folder", arguments.folder)
+    keep = None if arguments.folder is None else folder("folder", arguments.folder)
     if not drill(run, typed, arguments.kills, arguments.draw, keep):
         sys.exit(1)
 

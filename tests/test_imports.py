@@ -73,6 +73,7 @@ FLOORS = (
     "plan.plan plan.roofline",
     "plan.search plan.winners",
     "plan.flags",
+    "verb",
     "verbs",
     "__main__",
 )

@@ -42,7 +42,7 @@ KEYWORDS = {"allow_pickle": (False,), "shell": (False,), "trust_remote_code": (F
 # Where a rule does not hold, and why. (file, what) → reason.
 EXCEPTIONS = {
     ("lmjax/recipe.py", "run_path"): "an experiment file is Python, from the path that was typed",
-    ("lmjax/verbs.py", "run_path"): "the same file once more, for its docstring",
+    ("lmjax/verb.py", "run_path"): "the same file once more, for its docstring",
     (
         "lmjax/executables.py",
         "jax.experimental.serialize_executable",
