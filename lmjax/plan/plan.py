@@ -114,7 +114,7 @@ def _speed(run: Run, topology: str, facts: Facts, phase: int) -> Result:
     flops = run.model.flops_per_token(run.makers()[phase].length) * tokens / math.prod(torus)
     if facts.cycles is not None:
         causal = not hasattr(run.makers()[phase], "masks")
-        found: Times = times(facts, topology, causal)
+        found: Times = times(facts, topology, causal, flops)
         low, step, high = found.low, found.step, found.high
         parts = {
             "step_from": "compiler",

@@ -9,8 +9,8 @@ Result = dict[str, Any]
 FIRST_PHASE = "Step, MFU and tokens/s are the first phase's; peak, hours and cost the whole run's."
 BAND = [
     "Step: the compiler's estimated cycles, and kernels and transfers at the peaks of the chip",
-    "(roofline). The band is from cycles / 1.5 with all transfers hidden to cycles with none",
-    "hidden; no TPU was asked.",
+    "(roofline). The band is from cycles / 2 with all transfers hidden to cycles × 1.05 with none",
+    "hidden, which holds the published speeds that it was tried on; no TPU was asked.",
 ]
 
 
