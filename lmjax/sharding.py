@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,7 +62,7 @@ class Layout:
     """Shape of the device mesh; -1 stands for all devices that the other axes leave.
 
     Args:
-      data: parts of the batch, each with a copy of the parameters.
+      data: parts of the batch, each with a copy of the parameters; the only axis across slices.
       fsdp: parts of the batch that share one copy of the parameters.
       tensor: parts of heads, inner widths and the vocabulary.
       sequence: parts of each row's tokens, for contexts too long for one device.
@@ -92,10 +92,25 @@ class Layout:
                 f"mesh {named} does not fit {len(devices)} devices: the product of --mesh.data, "
                 "--mesh.fsdp, --mesh.tensor and --mesh.sequence must be that number (-1: the rest)"
             )
-        # Neighbours on an axis are neighbours in the torus; an axis may be a part of a torus axis
-        # (data=8 × tensor=2 on 4×4), which `jax.make_mesh` refuses.
-        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return Mesh(_placed(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(shape: list[int], devices: list[Any]) -> Any:
+    """Devices in an array of the mesh's shape; slices, which a slow network joins, split `data`.
+
+    Neighbours on an axis are neighbours in the torus; an axis may be a part of a torus axis
+    (data=8 × tensor=2 on 4×4), which `jax.make_mesh` refuses.
+    """
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh.data={shape[0]} does not divide among {slices} slices of TPUs, which only that"
+            f" axis may cross; make --mesh.data a multiple of {slices}"
+        )
+    inside, across = [shape[0] // slices, *shape[1:]], [slices, *[1] * (len(shape) - 1)]
+    return create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 _current: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)

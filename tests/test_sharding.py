@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from lmjax import sharding
 from lmjax.models.gpt import GPT
 from lmjax.optim import AdamW
+from lmjax.plan import chips
 from lmjax.sharding import DATA, FSDP, TENSOR, Layout, path_of, spec
 from lmjax.step import abstract_params, abstract_state
 
@@ -195,3 +197,14 @@ def test_collectives_over_an_axis_add_gather_and_scatter():
     alone = sharding.map_shards(local, (rows,), (P(), P(), rows, P(), rows))(x)
     assert alone[0] == 120 and alone[1] == 15 and alone[2].tolist() == [0]
     assert np.array_equal(alone[3], x) and np.array_equal(alone[4], x)
+
+
+@pytest.mark.skipif(not chips.installed(), reason=chips.MISSING)
+def test_only_data_crosses_slices():
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2)
+    mesh = Layout(-1, 4, 2).mesh(described.devices)
+    assert mesh.devices.shape == (4, 4, 2, 1)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices[:2] == 0).all() and (slices[2:] == 1).all()
+    with pytest.raises(ValueError, match="mesh.data=1 does not divide among 2 slices"):
+        Layout(1, 16, 2).mesh(described.devices)
