@@ -168,7 +168,7 @@ class _Drill:
             ("another seed", f"--seed={self.run.seed + 1}", "--allow=seed"),
             (
                 "a skipped batch",
-                f"--skip_batches=[({last + 1}, {last + 2})]",
+                f"--skip_batches={last + 1}:{last + 2}",
                 "--allow=skip_batches",
             ),
         ):
