@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 def resident(key: str) -> int:
     """VmRSS (now) or VmHWM (the most since `forget`), in bytes."""
-    text = Path("/proc/self/status").read_text()
+    text = Path("/proc/self/status").read_text("utf-8")
     found = re.search(rf"{key}:\s+(\d+) kB", text)
     assert found, "Linux says what a process holds"
     return int(found[1]) * 1024
@@ -32,7 +32,7 @@ def resident(key: str) -> int:
 
 def forget() -> None:
     """The most begins again from what is held now."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
 
 
 def measure(megabytes: int, saves: int) -> dict[str, list[int] | int]:
