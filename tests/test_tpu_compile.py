@@ -99,7 +99,7 @@ def test_loops_count_in_every_figure():
 def test_a_mesh_axis_may_be_part_of_a_torus_axis(layout: tuple[int, int, int]):
     devices = chips.devices("v5e:4x4")
     mesh = Layout(*layout).mesh(devices)
-    assert mesh.devices.shape == layout and set(mesh.devices.flat) == set(devices)
+    assert mesh.devices.shape == (*layout, 1) and set(mesh.devices.flat) == set(devices)
 
 
 @functools.cache
