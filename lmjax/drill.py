@@ -26,6 +26,7 @@ from lmjax.witness import Seen
 CLOSE = 1e-5  # largest relative difference of a loss on another mesh
 _LENGTH = 40  # steps, unless --steps says otherwise
 _SAVES = 8
+_SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 
 Say = Callable[[str], None]
 
@@ -36,7 +37,7 @@ class Verdict:
 
     held: int = 0
     failed: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SIGNALS, 0))
 
     def check(self, name: str, *problems: str) -> bool:
         """Counts a comparison, which holds if there are no problems."""
@@ -50,7 +51,7 @@ class Verdict:
 
     def sentence(self) -> str:
         """All of it in one."""
-        done = ", ".join(f"{many}× {what}" for what, many in self.counts.items())
+        done = ", ".join(f"{many}× {what}" for what, many in self.counts.items() if many)
         done = done or "nothing"
         total = self.held + len(self.failed)
         if not self.failed:

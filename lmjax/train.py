@@ -82,8 +82,8 @@ def train(
             state, first = _resume_or_begin(run, checkpoints)
             end = min(stop_at or run.steps, run.steps)
             if first < end:
-                with _Stop() as stop, _noted(witness) as note:
-                    log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
+                log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
+                with contextlib.closing(log), _Stop() as stop, _noted(witness) as note:
                     programs = Programs(run, log.say, compiled)
                     state = _loop(
                         run, prepared, state, range(first, end), workdir, programs, log,
@@ -162,7 +162,7 @@ def _loop(
         log.step(step, values, held_out)
         skips.step(step, values)
 
-    with contextlib.closing(log), jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"):
         steps = batches(examples, plan, span.start, span.stop, run.workers)
         for done, batch in zip(itertools.count(span.start + 1), steps, strict=False):
             if _due(done, run.check_every):

@@ -266,5 +266,6 @@ def test_the_arrays_may_be_overwritten_once_save_returns(tmp_path):
         checkpoints.save(3, state)
         jax.block_until_ready(clear(state))
         checkpoints.close()
-        assert all(x.is_deleted() for x in jax.tree.leaves(state))
+        # Scalars are written from where they are, and JAX overwrites none that somebody looks at.
+        assert all(x.is_deleted() for x in jax.tree.leaves(state) if x.ndim)
         assert bits(restore(tmp_path, target())) == bits(state_at(3))

@@ -110,7 +110,7 @@ def stop_after(step: int, monkeypatch) -> None:
     from lmjax import train as training
 
     whole = training.train
-    monkeypatch.setattr(training, "train", lambda *a, **k: whole(*a, **k, stop_at=step))
+    monkeypatch.setattr(training, "train", lambda *a, **k: whole(*a, **{**k, "stop_at": step}))
 
 
 @pytest.mark.parametrize("step", [6, 10, 15])
