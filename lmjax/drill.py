@@ -287,7 +287,7 @@ def _cut(step: Path, draw: random.Random) -> Path:
 
 
 def _rob(step: Path, draw: random.Random) -> Path:
-    """One file less."""
-    path = draw.choice(_arrays_of(step))
+    """The largest file less."""
+    path = _arrays_of(step)[0]
     path.unlink()
     return path

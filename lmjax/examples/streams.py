@@ -111,7 +111,7 @@ class Streams:
         words: what is read, int32, unknown words as <UNK>. targets: what comes next, int32.
         weights: 1, float32. Only with characters: characters: int16 (B, X, L, C); spellings: int32,
         the word, or for unknown ones a number past the words, which two of them share only if
-        their characters are the same, and always if they are in the same call.
+        their characters are the same, and always if they are in the same row.
         """
         text = _indexed(split)
         return self._arrays(text, self._words(text, seed, examples), examples)
@@ -301,7 +301,10 @@ class _Text:
             places_n = places_BXL.reshape(-1)[unknown]
             spelt = spelt_characters(self._tokens, places_n, self._words, length)
             characters.reshape(-1, length)[unknown] = spelt
-            same = np.ascontiguousarray(spelt).view(f"V{spelt.itemsize * length}")[:, 0]
+            # Within a row only, for a row is the same whichever rows are made beside it.
+            rows = (unknown // (places_BXL.shape[1] * places_BXL.shape[2])).astype(np.int32)
+            keys = np.concatenate([rows[:, None].view(np.int16), spelt.astype(np.int16)], 1)
+            same = np.ascontiguousarray(keys).view(f"V{2 * keys.shape[1]}")[:, 0]
             _, first, which = np.unique(same, return_index=True, return_inverse=True)
             number = self._words + self._numbers(places_BXL.shape, examples)
             spellings.reshape(-1)[unknown] = number.reshape(-1)[unknown[first]][which]
