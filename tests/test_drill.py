@@ -75,6 +75,7 @@ def test_what_differs_is_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lmjax.drill._Drill.stops", lambda self, kills: None)
     monkeypatch.setattr("lmjax.drill._Drill.damage", lambda self: None)
     monkeypatch.setattr("lmjax.drill._Drill.controls", lambda self: None)
+    monkeypatch.setattr("lmjax.drill._Drill.processes", lambda self: None)
     assert not drill(run, arguments, 0, 0, kept, said.append)
     told = "\n".join(said)
     assert "FAILED meshes: batches: step 3 saw another batch (1 such)" in told

@@ -62,7 +62,7 @@ def same_run(one: Path, other: Path) -> None:
     assert deterministic(one) == deterministic(other)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_run_ends_bit_equal_to_an_unbroken_one(seed, text, unbroken, tmp_path):
     draw = random.Random(seed)
     for _ in range(2):
