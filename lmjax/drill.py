@@ -7,21 +7,22 @@ processes batches are equal to the bit and losses within `CLOSE`. Controls, anot
 skipped batch, must differ, or the comparison would prove nothing.
 """
 
+import dataclasses
 import os
 import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lmjax.checkpoint import stored_fingerprints
 from lmjax.drill_runs import Trainer
 from lmjax.run import Run
 from lmjax.steps import all_steps, damaged_folders
 from lmjax.steps import folder as checkpoints_of
+from lmjax.verify import unequal_arrays
 from lmjax.witness import Seen
+from lmjax.workdir import read_json
 
 CLOSE = 1e-5  # largest relative difference of a loss on another mesh
 _LENGTH = 40  # steps, unless --steps says otherwise
@@ -31,13 +32,13 @@ _SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 Say = Callable[[str], None]
 
 
-@dataclass
+@dataclasses.dataclass
 class Verdict:
     """What was compared, and what did not hold."""
 
     held: int = 0
-    failed: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_SIGNALS, 0))
+    failed: list[str] = dataclasses.field(default_factory=list)
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(_SIGNALS, 0))
 
     def check(self, name: str, *problems: str) -> bool:
         """Counts a comparison, which holds if there are no problems."""
@@ -60,7 +61,13 @@ class Verdict:
 
 
 def drill(
-    run: Run, arguments: Sequence[str], kills: int, seed: int, keep: Path | None, say: Say = print
+    run: Run,
+    arguments: Sequence[str],
+    kills: int,
+    seed: int,
+    keep: Path | None,
+    env: Mapping[str, str],
+    say: Say = print,
 ) -> bool:
     """Tries everything on a recipe; whether all of it held. The last line says so in one sentence.
 
@@ -70,12 +77,15 @@ def drill(
       kills: SIGKILLs at random moments, every other one during a save.
       seed: of the moments and the damage.
       keep: a new folder to leave all runs in; None: a temporary one, left only after a failure.
+      env: the environment of the runs. They need the accelerator, if there is one, so this process
+        must not hold it.
     """
     folder = Path(tempfile.mkdtemp(prefix="lmjax-drill-")) if keep is None else keep
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; a drill needs a folder of its own")
-    drilled = _Drill(run, tuple(arguments), folder, random.Random(seed), say)
+    trainer = Trainer(tuple(arguments), folder, timeout=1800, env=env)
+    drilled = _Drill(run, trainer, random.Random(seed), say)
     verdict = drilled.verdict
     for part in (
         drilled.straight, lambda: drilled.stops(kills), drilled.damage, drilled.controls,
@@ -99,19 +109,17 @@ def drill(
 
 
 class _Drill:
-    def __init__(
-        self, run: Run, arguments: tuple[str, ...], folder: Path, draw: random.Random, say: Say
-    ) -> None:
-        typed = any(a.partition("=")[0] == "--steps" for a in arguments)
+    def __init__(self, run: Run, trainer: Trainer, draw: random.Random, say: Say) -> None:
+        typed = any(a.partition("=")[0] == "--steps" for a in trainer.arguments)
         self.steps = run.steps if typed else _LENGTH
         self.every = max(1, self.steps // _SAVES)
         fixed = {
             "steps": self.steps, "save_every": self.every, "keep": 3, "log_every": 1,
-            "evaluate_every": 0, "evaluate_windows": 1, "data.store": folder / "store",
+            "evaluate_every": 0, "evaluate_windows": 1, "data.store": trainer.folder / "store",
         }  # fmt: skip
         keys = tuple(f"--{key}={value}" for key, value in fixed.items())
         self.run, self.draw, self.say = run, draw, say
-        self.trainer = Trainer(arguments + keys, folder, timeout=1800)
+        self.trainer = dataclasses.replace(trainer, arguments=trainer.arguments + keys)
         self.verdict = Verdict()
 
     def straight(self) -> None:
@@ -122,7 +130,6 @@ class _Drill:
         self.by_step = {s.step: s for s in seen}
         missing = [] if len(self.by_step) == len(seen) == self.steps else [f"{len(seen)} steps"]
         self.verdict.check("straight", *missing)
-        self.final = stored_fingerprints(self.trainer.workdir("straight"), self.steps)
 
     def stops(self, kills: int) -> None:
         """SIGKILLs, a SIGTERM and a SIGINT, each later than the one before."""
@@ -177,58 +184,55 @@ class _Drill:
             self._copy("straight", folder)
             shutil.rmtree(checkpoints_of(self.trainer.workdir(folder)) / str(self.steps))
             self.trainer.run(folder, key, allow)
-            other = stored_fingerprints(self.trainer.workdir(folder), self.steps)
-            differ = [path for path in self.final if other.get(path) != self.final[path]]
-            self.say(f"control, {name}: {len(differ)} of {len(self.final)} arrays differ")
+            differ = self._unequal(folder)
+            self.say(f"control, {name}: {len(differ)} arrays differ")
             self.verdict.count("control")
             self.verdict.check(name, *([] if differ else ["must differ, and does not"]))
 
     def meshes(self) -> None:
-        """8, 4 and 1 devices one after the other, and one mesh sharded otherwise."""
+        """8, 4 and 1 devices one after the other."""
         sizes = [n for n in (8, 4, 1) if self.run.batch % (n * self.run.accumulate) == 0]
-        if not _on_cpu() or len(sizes) < 2:
-            why = "the devices here are no CPU" if not _on_cpu() else f"batch={self.run.batch}"
+        if not self._on_cpu() or len(sizes) < 2:
+            why = f"batch={self.run.batch}" if self._on_cpu() else "the devices here are no CPU"
             self.say(f"meshes: not tried ({why})")
             return
         for i, devices in enumerate(sizes):
             end = self.steps * (i + 1) // len(sizes)
-            mesh = ("--mesh.data=-1", f"--mesh.fsdp={min(2, devices)}", "--mesh.tensor=1")
+            mesh = _mesh(fsdp=min(2, devices))
             self.trainer.run("meshes", *mesh, f"--until={end}", devices=devices)
         self.say(f"meshes: {' → '.join(map(str, sizes))} devices")
         self.verdict.count("change of devices", len(sizes) - 1)
         self._same("meshes", bits=False)
 
     def processes(self) -> None:
-        """Two processes, then one with as many devices."""
-        if not _on_cpu() or self.run.batch % (4 * self.run.accumulate):
+        """Two processes with two devices each, then one with one."""
+        if not self._on_cpu() or self.run.batch % (4 * self.run.accumulate):
             self.say("processes: not tried")
             return
-        mesh = ("--mesh.data=-1", "--mesh.fsdp=1", "--mesh.tensor=1")
-        self.trainer.together("processes", 2, 2, *mesh, f"--until={self.steps // 2}")
-        self.trainer.run("processes", *mesh, devices=1)
+        self.trainer.together("processes", 2, 2, *_mesh(fsdp=1), f"--until={self.steps // 2}")
+        self.trainer.run("processes", *_mesh(fsdp=1), devices=1)
         self.say("processes: 2 → 1")
         self.verdict.count("change of processes")
         self._same("processes", bits=False)
 
     def _same(self, name: str, bits: bool, whole: bool = True) -> None:
-        """Compares a run with the straight one, step by step, and their last states if bits are."""
+        """Compares a run with the straight one, step by step, and their last states if bits are.
+
+        whole: it made every step, not the last ones alone.
+        """
         seen = self.trainer.seen(name)
         steps = {s.step for s in seen}
-        missing = (
-            sorted(set(self.by_step) - steps) if name in ("stopped", "meshes", "processes") else []
-        )
-        problems = [f"step {missing[0]} was never made"] if missing else []
-        self.verdict.check(f"{name}: every step", *problems)
+        if whole:
+            missing = sorted(set(self.by_step) - steps)
+            problems = [f"step {missing[0]} was never made"] if missing else []
+            self.verdict.check(f"{name}: every step", *problems)
         other = [s for s in seen if s.batch != self.by_step[s.step].batch]
         self.verdict.check(f"{name}: batches", *_first(other, "saw another batch"))
         other = [s for s in seen if not self._near(s, bits)]
         self.verdict.check(f"{name}: losses", *_first(other, "has another loss"))
         worst = max((self._distance(s) for s in seen), default=0.0)
         if bits:
-            found = stored_fingerprints(self.trainer.workdir(name), self.steps)
-            differ = [
-                p for p in self.final.keys() | found.keys() if found.get(p) != self.final.get(p)
-            ]
+            differ = self._unequal(name)
             problems = [f"{len(differ)} arrays differ at the end, as {differ[0]}"] if differ else []
             self.verdict.check(f"{name}: parameters, optimiser and carried state", *problems)
         self.say(
@@ -243,6 +247,16 @@ class _Drill:
         straight = self.by_step[one.step].value
         return abs(one.value - straight) / max(abs(straight), 1e-30)
 
+    def _unequal(self, name: str) -> list[str]:
+        """Arrays of a run's last state that are not those of the straight one."""
+        straight, other = self.trainer.workdir("straight"), self.trainer.workdir(name)
+        return unequal_arrays(straight, other, self.steps)
+
+    def _on_cpu(self) -> bool:
+        """Whether the straight run had CPUs, of which there can be any number."""
+        recorded = read_json(self.trainer.workdir("straight") / "environment.json")
+        return list(recorded["devices"]) == ["cpu"]
+
     def _copy(self, source: str, name: str) -> None:
         shutil.copytree(self.trainer.workdir(source), self.trainer.workdir(name))
 
@@ -252,10 +266,8 @@ def _first(steps: Sequence[Seen], what: str) -> Iterator[str]:
         yield f"step {steps[0].step} {what} ({len(steps)} such)"
 
 
-def _on_cpu() -> bool:
-    import jax
-
-    return jax.default_backend() == "cpu"
+def _mesh(fsdp: int) -> tuple[str, ...]:
+    return ("--mesh.data=-1", f"--mesh.fsdp={fsdp}", "--mesh.tensor=1", "--mesh.sequence=1")
 
 
 def _arrays_of(step: Path) -> list[Path]:

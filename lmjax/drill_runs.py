@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lmjax import hosts
 from lmjax.steps import folder as checkpoints_of
 from lmjax.witness import Seen, seen
 
@@ -34,11 +35,13 @@ class Trainer:
       arguments: EXPERIMENT and its keys, as typed.
       folder: holds a run directory and a witness for every name.
       timeout: seconds after which a process counts as stuck.
+      env: the environment of `train`; None is this process's.
     """
 
     arguments: tuple[str, ...]
     folder: Path
     timeout: float
+    env: Mapping[str, str] | None = None
 
     def workdir(self, name: str) -> Path:
         """The run directory of that name."""
@@ -47,10 +50,6 @@ class Trainer:
     def seen(self, name: str) -> list[Seen]:
         """What the steps of a run saw, in the order in which they ran, all starts together."""
         return seen(self._witness(name))
-
-    def forget(self, name: str) -> None:
-        """Begins a new witness."""
-        self._witness(name).unlink(missing_ok=True)
 
     def run(self, name: str, *keys: str, devices: int = 0) -> str:
         """Trains to the end of what is asked for; returns what was printed.
@@ -80,16 +79,15 @@ class Trainer:
         self, name: str, *keys: str, devices: int = 0, place: tuple[str, int, int] | None = None
     ) -> "Process":
         """Begins to train; `devices` CPU devices (0: what there is); place: (address, count, i)."""
-        env = dict(os.environ)
+        env = dict(os.environ if self.env is None else self.env)
         if devices:
             kept = [f for f in env.get("XLA_FLAGS", "").split() if "host_platform_device" not in f]
             flag = f"--xla_force_host_platform_device_count={devices}"
             env |= {"XLA_FLAGS": " ".join([*kept, flag]), "JAX_PLATFORMS": "cpu"}
-        if place:
-            names = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
-            env |= dict(zip(names, map(str, place), strict=True))
         command = [sys.executable, "-u", "-m", "lmjax", "train", *self.arguments]
         command += [f"--workdir={self.workdir(name)}", f"--witness={self._witness(name)}", *keys]
+        if place:
+            command += [f"{flag}={value}" for flag, value in zip(hosts.FLAGS, place, strict=True)]
         # A file: a pipe that nobody reads would fill and stop the run.
         log = self.folder / f"{name}.{len(list(self.folder.glob(f'{name}.*.log')))}.log"
         with open(log, "wb") as printed:

@@ -27,7 +27,7 @@ class Verb:
     act: Callable[[argparse.Namespace, Assignments], None]
     flags: Callable[[argparse.ArgumentParser], None]
     of_experiment: bool = True
-    caches: bool = True  # what it compiles is worth keeping
+    caches: bool = True  # what it compiles is worth keeping; JAX loads before `act`, to be told
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:

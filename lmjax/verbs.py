@@ -43,11 +43,11 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     from lmjax.progress import Unbreakable
     from lmjax.train import train
 
-    allow = tuple(k for k in arguments.allow.split(",") if k)
-    # A run goes on when nobody reads its output any more.
     if arguments.until < 0:
         raise ValueError(f"--until={arguments.until}: a step from 1 up")
+    allow = tuple(k for k in arguments.allow.split(",") if k)
     witness = None if arguments.witness is None else Path(arguments.witness)
+    # A run goes on when nobody reads its output any more.
     with contextlib.redirect_stdout(Unbreakable(sys.stdout)), one_voice():
         train(
             run, folder("workdir", arguments.workdir), about(arguments), allow,
@@ -260,6 +260,8 @@ def _drill_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _drill(arguments: argparse.Namespace, keys: Assignments) -> None:
+    env = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator is for the runs that it starts
     run = load_run(arguments, keys)
     if arguments.kills < 0:
         raise ValueError(f"--kills={arguments.kills}: must be 0 or more")
@@ -268,7 +270,7 @@ def _drill(arguments: argparse.Namespace, keys: Assignments) -> None:
     typed = [arguments.experiment, *(["--tiny"] if arguments.tiny else [])]
     typed += [f"--{key}={value}" for key, value in keys]
     keep = None if arguments.folder is None else folder("folder", arguments.folder)
-    if not drill(run, typed, arguments.kills, arguments.draw, keep):
+    if not drill(run, typed, arguments.kills, arguments.draw, keep, env):
         sys.exit(1)
 
 
@@ -325,6 +327,7 @@ VERBS = {
         _EXAMPLE.format("drill") + "--tiny --kills=3",
         _drill,
         _drill_flags,
+        caches=False,
     ),
     "import": Verb(
         "Starts a run directory from a folder of Hugging Face, Google (BERT) or bilm-tf (ELMo).",
@@ -350,5 +353,6 @@ VERBS = {
         _verify,
         _verify_flags,
         of_experiment=False,
+        caches=False,
     ),
 }

@@ -62,7 +62,7 @@ class Puppet(Trainer):
 
 def test_what_differs_is_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lmjax.drill.Trainer", Puppet)
-    monkeypatch.setattr("lmjax.drill.stored_fingerprints", lambda workdir, step: {"w": "0"})
+    monkeypatch.setattr("lmjax.drill._Drill._on_cpu", lambda self: True)
     straight = [(n, f"b{n}", 1.0 + n) for n in range(1, 5)]
     played = tmp_path / "played"
     played.mkdir()
@@ -76,7 +76,7 @@ def test_what_differs_is_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lmjax.drill._Drill.damage", lambda self: None)
     monkeypatch.setattr("lmjax.drill._Drill.controls", lambda self: None)
     monkeypatch.setattr("lmjax.drill._Drill.processes", lambda self: None)
-    assert not drill(run, arguments, 0, 0, kept, said.append)
+    assert not drill(run, arguments, 0, 0, kept, {}, said.append)
     told = "\n".join(said)
     assert "FAILED meshes: batches: step 3 saw another batch (1 such)" in told
     assert "FAILED meshes: losses: step 4 has another loss (1 such)" in told
@@ -88,7 +88,9 @@ def test_without_a_straight_run_nothing_else_is_tried(tmp_path, monkeypatch):
     monkeypatch.setattr("lmjax.drill.Trainer", Puppet)
     run = recipe.load("experiments/demo.py", tiny=True)
     said: list[str] = []
-    assert not drill(run, ["experiments/demo.py", "--tiny"], 1, 0, tmp_path / "kept", said.append)
+    assert not drill(
+        run, ["experiments/demo.py", "--tiny"], 1, 0, tmp_path / "kept", {}, said.append
+    )
     assert said[-1] == "drill: 1 of 1 comparisons FAILED after nothing"
 
 

@@ -2,9 +2,12 @@
 """`verify`: which steps of a run directory are what was saved, without its experiment file."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, environment
 from test_checkpoint import bits, mesh, restore, save
 from test_damage import edit, empty, flip_values, state_at, target
 
@@ -73,6 +76,15 @@ def test_a_folder_without_steps_is_an_error(tmp_path, capsys):
     (folder(tmp_path) / "damaged-3-x").mkdir(parents=True)
     assert main(["verify", str(tmp_path)]) == 2
     assert "only steps that were set aside: damaged-3-x" in capsys.readouterr().err
+
+
+def test_it_asks_nothing_of_an_accelerator(workdir):
+    """Where a run trains there, its chips are taken; here there are none."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lmjax", "verify", str(workdir)],
+        cwd=ROOT, env={**environment(), "JAX_PLATFORMS": "tpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "3 of 3 steps are good" in done.stdout, done.stderr
 
 
 def test_it_takes_no_keys_of_a_recipe(tmp_path, capsys):
