@@ -53,3 +53,11 @@ def write_text(folder: Path) -> Path:
     path = folder / "text.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_lines(folder: Path) -> Path:
+    """A corpus of 2,000 lines, each a document, in a new folder."""
+    folder.mkdir()
+    path = folder / "a.txt"
+    path.write_text("".join(f"line {i} of the corpus, é\n" for i in range(2000)), "utf-8")
+    return path

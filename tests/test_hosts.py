@@ -14,6 +14,7 @@ import pytest
 from commands import DEMO, ROOT, environment, lmjax, write_text
 from processes import beyond_loopback, listening
 
+from lmjax.drill_runs import free_port
 from lmjax.hosts import Place, call_the_roll, found, join
 from lmjax.metrics import read_metrics
 
@@ -76,12 +77,6 @@ def test_flags_win_over_the_environment():
 
 
 # --- the roll -------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def roll(count: int, who: list[int], seconds: float) -> dict[int, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import write_lines
 
 from lmjax import store as module
 from lmjax import store_build
@@ -201,10 +202,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer):
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus" / "a.txt"
-    path.parent.mkdir()
-    path.write_text("".join(f"line {i} of the corpus, é\n" for i in range(2000)))
-    return path
+    return write_lines(tmp_path / "corpus")
 
 
 def test_an_unfinished_folder_is_refused(tmp_path: Path, corpus: Path):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import write_lines
 
 from lmjax.data import Data, open_prepared
 from lmjax.store import open_store
@@ -38,10 +39,7 @@ def start(corpus: Path, run: Path, slow: float) -> subprocess.Popen:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "corpus" / "a.txt"
-    path.parent.mkdir()
-    path.write_text("".join(f"line {i} of the corpus, é\n" for i in range(2000)))
-    return path
+    return write_lines(tmp_path / "corpus")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
