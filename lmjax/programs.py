@@ -40,16 +40,17 @@ class Programs:
     def __init__(self, run: Run, say: Say, saved: Path | None = None) -> None:
         """`saved`: a folder of steps that `save` compiled, to be taken where they agree."""
         self._run, self._plan, self._say, self._saved = run, run.plan(), say, saved
-        self._shape: Any = None
+        self._stage: Stage | None = None
         self._program: Any = None
 
     def __call__(self, step: int, state: State, batch: Any) -> Any:
         """Step number `step`, from 0."""
         stage = self._plan.stage(step)
-        shape = _shape(self._run, stage)
-        if shape != self._shape:
-            self._compile(step, stage, state, batch)
-            self._shape = shape
+        if stage is not self._stage:
+            before = self._stage and _shape(self._run, self._stage)
+            if _shape(self._run, stage) != before:
+                self._compile(step, stage, state, batch)
+            self._stage = stage
         return self._program(state, batch)
 
     def _compile(self, step: int, stage: Stage, state: State, batch: Any) -> None:
