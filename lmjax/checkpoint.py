@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints, each with a sealed manifest and verified when it is read.
 
-A step is a directory `checkpoints/<step>`, which appears whole or
-not at all; what a restore finds must have exactly the shapes and dtypes that the model wants and
-the fingerprints that were saved. Where the newest step is damaged, the newest one that verifies is
-taken; never none of them.
+A step is a directory `checkpoints/<step>`, which appears whole or not at all; what a restore finds
+must have exactly the shapes and dtypes that the model wants and the fingerprints that were saved.
+Where the newest step is damaged, the newest one that verifies is taken; never none of them.
 """
 
 import contextlib

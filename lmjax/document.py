@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MAX_DOCUMENT_BYTES = 16 << 20
+CUT = f"documents cut into parts of at most {MAX_DOCUMENT_BYTES >> 20} MiB"
 PLACES_KEPT = 5
 _PART = re.compile(r"#\d+$")
 # One slash as well: a Path has lost the other.
@@ -134,7 +135,7 @@ def cut_documents(document: Document, report: Report) -> Iterator[Document]:
     if len(document.text) <= MAX_DOCUMENT_BYTES:
         yield report.keep(document)
         return
-    report.note("documents cut into parts of at most 16 MiB")
+    report.note(CUT)
     for number, text in enumerate(pieces(document.text, MAX_DOCUMENT_BYTES), 1):
         name = document.id if number == 1 else f"{document.id}#{number}"
         yield report.keep(Document(name, text, document.split))

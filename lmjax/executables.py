@@ -62,12 +62,13 @@ def save(program: Any, folder: Path, about: About) -> Path:
     found = hashlib.sha256(content).hexdigest()
     manifest = {"about": about, "metrics": sorted(metrics), "sha256": found}
     name = hashlib.sha256(dump(about).encode()).hexdigest()[:16]
-    _write(folder / f"{name}.step", content)
-    _write(folder / f"{name}.json", json.dumps(manifest, indent=1).encode())
+    write_whole(folder / f"{name}.step", content)
+    write_whole(folder / f"{name}.json", json.dumps(manifest, indent=1).encode())
     return folder / f"{name}.step"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whoever else writes it now."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -88,7 +88,6 @@ def join(
 
 
 _sentinels: list[Sentinel] = []  # of this process, while it is one of several
-_CALL = 512  # bytes that say where process 0 is called
 
 
 def watch() -> None:
@@ -101,17 +100,13 @@ def watch() -> None:
 
     if jax.process_count() == 1 or _sentinels:
         return
-    import numpy as np
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    index, count, call = jax.process_index(), jax.process_count(), b""
+    index, count, call = jax.process_index(), jax.process_count(), None
     if index == 0:
         host = _reachable()
         mine = Sentinel(0, count, host if _is_local(f"{host}:") else "")
         _sentinels.append(mine)
-        call = f"{socket.gethostname()} {host} {mine.port} {mine.token}".encode()
-    told = np.frombuffer(call.ljust(_CALL), np.uint8)
-    name, host, port, token = bytes(np.asarray(broadcast_one_to_all(told))).decode().split()
+        call = [socket.gethostname(), host, mine.port, mine.token]
+    name, host, port, token = of_first(call)
     if index:
         _sentinels.append(Sentinel(index, count, f"{name} {host} {port}", token))
 

@@ -18,5 +18,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def join_by_flags(arguments: argparse.Namespace) -> None:
-    """Makes this process one of its run's. Errors: as `hosts.join`."""
+    """Makes this process one of its run's, which ends with any of them. Errors: as `hosts.join`."""
     hosts.join(flags=(arguments.coordinator, arguments.processes, arguments.process))
+    hosts.watch()

@@ -73,6 +73,14 @@ class Layout:
     tensor: int = 1
     sequence: int = 1
 
+    def sizes(self, devices: int) -> list[int]:
+        """Of the axes, -1 in numbers where the others divide so many devices."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        known = math.prod(n for n in sizes if n != -1)
+        if -1 in sizes and known and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+        return sizes
+
     def mesh(self, devices: Any = None) -> Mesh:
         """The mesh over `devices` (default: all).
 
@@ -80,12 +88,10 @@ class Layout:
           ValueError: the product of the axes is not the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
-        shape = [self.data, self.fsdp, self.tensor, self.sequence]
-        known = math.prod(n for n in shape if n != -1)
-        if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-            raise ValueError(f"mesh {shape}: sizes are at least 1, and one of them may be -1")
-        if -1 in shape and len(devices) % known == 0:
-            shape[shape.index(-1)] = len(devices) // known
+        given = [getattr(self, axis) for axis in AXES]
+        if given.count(-1) > 1 or any(n < 1 and n != -1 for n in given):
+            raise ValueError(f"mesh {given}: sizes are at least 1, and one of them may be -1")
+        shape = self.sizes(len(devices))
         if math.prod(shape) != len(devices):
             named = "×".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True))
             raise ValueError(

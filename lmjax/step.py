@@ -95,6 +95,21 @@ def create_state(
     return jax.jit(lambda: init_state(model, optimiser, seed, rows), out_shardings=rest)()
 
 
+def forward(
+    model: nn.Module, loss: Loss, drawn: Any, params: Any, batch: Batch, key: Any, carry: Any
+) -> tuple[Sums, Any]:
+    """The loss of a training step on a batch, and what a recurrent model carries on from it.
+
+    Args:
+      drawn: by `sparse.draw`, whose rows `params` then are; or None.
+    """
+    rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
+    carried = {} if carry is None else {"carry": carry}
+    given = {**batch, **({} if drawn is None else drawn.batch)}
+    outputs: Any = model.apply({"params": params}, given, train=True, rngs=rngs, **carried)
+    return _scored(loss, outputs, batch), None if carry is None else outputs.cache
+
+
 def make_train_step(
     model: nn.Module,
     loss: Loss,
@@ -112,14 +127,6 @@ def make_train_step(
     Args:
       accumulate: microbatches per step; only memory depends on it.
     """
-
-    def sums(draws: Batch, params: Any, batch: Batch, key: Any, carry: Any) -> tuple[Sums, Any]:
-        rngs = {"dropout": key, "sample": jax.random.fold_in(key, 1)}
-        carried = {} if carry is None else {"carry": carry}
-        given = {**batch, **draws}
-        outputs: Any = model.apply({"params": params}, given, train=True, rngs=rngs, **carried)
-        return _scored(loss, outputs, batch), None if carry is None else outputs.cache
-
     whole = total_of(loss)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -127,7 +134,7 @@ def make_train_step(
         drawn = sparse.draw(model, batch, key)
         before = params, opt_state = sparse.take((state.params, state.opt_state), drawn)
         means, gradients, carry = _gradients(
-            partial(sums, {} if drawn is None else drawn.batch),
+            partial(forward, model, loss, drawn),
             whole,
             params,
             batch,
@@ -135,13 +142,13 @@ def make_train_step(
             state.carry,
             accumulate,
         )
-        loss, norm = whole(means), optax.tree.norm(gradients)
-        sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+        value, norm = whole(means), optax.tree.norm(gradients)
+        sound = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimiser.update(gradients, opt_state, params)
         after = (optax.apply_updates(params, updates), opt_state)
         after, carry = _either(sound, (after, carry), (before, state.carry))
         params, opt_state = sparse.put((state.params, state.opt_state), after, drawn)
-        metrics = {"loss": loss, **means, "gradient_norm": norm}
+        metrics = {"loss": value, **means, "gradient_norm": norm}
         metrics |= {"learning_rate": schedule(state.step), "skipped": 1.0 - sound}
         return State(state.step + 1, params, opt_state, carry), metrics
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lmjax.document import (
+    CUT,
     MAX_DOCUMENT_BYTES,
     BadRecord,
     Document,
@@ -177,7 +178,7 @@ class _Gather:
             self.bad = False
             return
         if self.part == 2:
-            self.report.note("documents cut into parts of at most 16 MiB")
+            self.report.note(CUT)
         name = name if self.rule == "file" else f"{name}:{self.first}"
         yield Document(name if self.part == 1 else f"{name}#{self.part}", text)
 
@@ -201,7 +202,9 @@ def _json_documents(file: TextFile, report: Report) -> Iterator[Document]:
         try:
             if not newline and len(line) >= MAX_RECORD_BYTES // 2:
                 too_long = number
-                raise BadRecord(file.path, number, "a record of more than 64 MiB")
+                raise BadRecord(
+                    file.path, number, f"a record of more than {MAX_RECORD_BYTES >> 20} MiB"
+                )
             if line.strip():
                 text = _json_text(file, number, line, decoder)
                 yield Document(f"{file.name}:{number}", text)

@@ -32,7 +32,7 @@ from lmjax.steps import newest_in_words, newest_step
 from lmjax.witness import Witness
 from lmjax.workdir import (
     RunLock,
-    check_vocabulary,
+    check_data,
     keep_tokenizer,
     record,
     refuse_other_recipe,
@@ -69,7 +69,6 @@ def train(
     lock = RunLock(workdir) if hosts.is_first() else contextlib.nullcontext()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
-    hosts.watch()
     with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
         run.check()
         newest = newest_step(workdir)
@@ -124,7 +123,7 @@ def _prepared(run: Run, workdir: Path, about: dict[str, str]) -> Prepared:
         hosts.wait_for_all("data")
         return run.data.prepare(workdir)
     prepared = run.data.prepare(workdir, Work("tokenising"))
-    check_vocabulary(run, prepared)
+    check_data(run, prepared)
     keep_tokenizer(prepared.tokenizer.directory, workdir)
     record(run, workdir, about)
     hosts.wait_for_all("data")

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from lmjax import hosts, process_flags, recipe
+from lmjax import process_flags, recipe
 from lmjax.verb import (
     Assignments,
     Verb,
@@ -67,7 +67,6 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = load_recorded(arguments, keys)
     process_flags.join_by_flags(arguments)
-    hosts.watch()
     from lmjax.evaluate import evaluate
 
     other = any(key.startswith("data.corpus") for key, _ in keys)

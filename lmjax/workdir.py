@@ -95,7 +95,7 @@ def refuse_skipping_the_past(run: Run, workdir: Path, step: int) -> None:
         )
 
 
-def check_vocabulary(run: Run, prepared: Prepared) -> None:
+def check_data(run: Run, prepared: Prepared) -> None:
     """Raises ValueError for ids that the model has no rows for, and for less text than a batch."""
     tokenizer = prepared.tokenizer
     # A vocabulary of words has ids that spell the unknown ones; to the model they are one word.

@@ -3,12 +3,12 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from lmjax.executables import version, write_whole
 from lmjax.recipe import dump
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -26,7 +26,7 @@ def key(*parts: Any) -> str:
     """A name for what an answer depends on: `parts`, the libraries, and the code that reads
     compiled programs.
     """
-    versions = {name: _version(name) for name in _LIBRARIES}
+    versions = {name: version(name) for name in _LIBRARIES}
     return hashlib.sha256(dump([_source(), versions, *parts]).encode()).hexdigest()
 
 
@@ -41,19 +41,9 @@ def read(name: str) -> dict[str, Any] | None:
 def write(name: str, found: dict[str, Any]) -> None:
     """Keeps it; a cache that cannot be written is none."""
     try:
-        path = folder() / f"{name}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(found), "utf-8")
-        os.replace(temporary, path)
+        write_whole(folder() / f"{name}.json", json.dumps(found).encode())
     except OSError:
         pass
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 @functools.cache

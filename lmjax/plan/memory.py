@@ -25,7 +25,7 @@ from lmjax.programs import batch_shapes
 from lmjax.recipe import dump, to_json
 from lmjax.run import Run, replace
 from lmjax.sharding import Layout
-from lmjax.step import abstract_params, abstract_state, initial_carry, placed, total_of
+from lmjax.step import abstract_params, abstract_state, forward, initial_carry, placed, total_of
 
 _LANES = 128  # numbers side by side in a row of memory
 _SURE = 0.5  # of what the line says is saved: stays, whatever the compiler computes again
@@ -153,11 +153,12 @@ def _handed_on(run: Run, topology: str, phase: int, rows: int) -> int:
     """Bytes that the forward pass of `rows` on one device leaves for the backward pass."""
     one = _alone(run, rows)
 
-    def forward(params: Any, batch: Any) -> Any:
+    def residuals(params: Any, batch: Any) -> Any:
         return jax.vjp(*_objective(one, rows, params, batch))[1]
 
     with sharding.use(_first(topology)):
-        saved = jax.eval_shape(forward, abstract_params(one.model), batch_shapes(one, phase, rows))
+        given = abstract_params(one.model), batch_shapes(one, phase, rows)
+        saved = jax.eval_shape(residuals, *given)
     arrays = [x for x in jax.tree.leaves(saved) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
     return sum(_padded(x.shape) * np.dtype(x.dtype).itemsize for x in arrays)
 
@@ -172,14 +173,10 @@ def _objective(run: Run, rows: int, params: Any, batch: Any) -> tuple[Any, Any]:
     """What a step differentiates, and the parameters as it sees them."""
     key = jax.random.key(0)
     drawn = sparse.draw(run.model, batch, key)
-    given = {**batch, **(drawn.batch if drawn else {})}
     carry = initial_carry(run.model, rows)
-    carried = {} if carry is None else {"carry": carry}
 
     def objective(params: Any) -> Any:
-        rngs = {"dropout": key, "sample": key}
-        outputs = run.model.apply({"params": params}, given, train=True, rngs=rngs, **carried)
-        sums = run.loss(outputs, batch)
+        sums, _ = forward(run.model, run.loss, drawn, params, batch, key, carry)
         return total_of(run.loss)({name: s / jnp.maximum(w, 1) for name, (s, w) in sums.items()})
 
     return objective, sparse.take(params, drawn)

@@ -60,10 +60,7 @@ def plan(
 
 def _whole(layout: Layout, count: int) -> Layout:
     """The mesh with its -1 put in numbers. Errors: ValueError where it does not fit `count`."""
-    sizes = [getattr(layout, name) for name in sharding.AXES]
-    known = math.prod(n for n in sizes if n != -1)
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
+    sizes = layout.sizes(count)
     if math.prod(sizes) != count:
         named = " × ".join(f"{a}={n}" for a, n in zip(sharding.AXES, sizes, strict=True))
         raise ValueError(f"mesh {named} does not fit {count} devices; choose other --mesh keys")
