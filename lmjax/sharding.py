@@ -5,7 +5,8 @@
 MLP's inner width and the vocabulary, `sequence` the tokens of each row. Parameters rest sharded as
 RULES says; a layer asks `for_compute` for its weights, which casts them first and gathers them over
 `fsdp` second, so that what travels is the compute dtype. The compiler's own choice for narrow
-models is thousands of small permutes, which is why the gather is explicit.
+models is thousands of small permutes, which is why the gather is explicit. Vectors, which no rule
+splits over `fsdp`, rest split as well where it divides them, and a step gathers them once.
 
 Over `sequence`, activations (B, L, D) are split on L, and only attention puts keys and values
 together again. Parameters rest whole on it, so a long context takes `fsdp` beside it where they are
@@ -158,7 +159,7 @@ def path_of(key_path: tuple[Any, ...]) -> str:
 
 
 def spec(path: str, shape: tuple[int, ...]) -> P:
-    """How the parameter at `path` rests on the mesh.
+    """How the parameter at `path` lies on the mesh when a step begins to compute.
 
     Raises:
       ValueError: no rule covers the path, or an axis does not divide its dimension.
@@ -178,7 +179,7 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
 
 def _check_even(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        names: list[str] = list(axis) if isinstance(axis, tuple) else [axis] if axis else []
+        names = _names(axis)
         if size % axis_size(*names):
             raise ValueError(
                 f"{path}: dimension {dim} has size {size}, which mesh axis "
@@ -187,13 +188,45 @@ def _check_even(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> Non
             )
 
 
+def at_rest(path: str, shape: tuple[int, ...]) -> P:
+    """`spec`, and what it leaves whole over `fsdp` split on the last dimension that allows it: on
+    256 devices whole vectors would be a quarter of all that rests there.
+
+    Not so the bias of a vocabulary, whose rows a sparse step looks up. Errors: as `spec`.
+    """
+    axes = [_names(axis) for axis in spec(path, shape)]
+    if any(FSDP in names for names in axes) or path.endswith("output_bias"):
+        return spec(path, shape)
+    for dim in reversed(range(len(shape))):
+        if shape[dim] % axis_size(*axes[dim], FSDP) == 0:
+            axes[dim] = (*axes[dim], FSDP)
+            break
+    return P(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return axis if isinstance(axis, tuple) else (axis,) if axis else ()
+
+
 def shardings(tree: Any) -> Any:
     """NamedSharding for every array of `tree`: parameters, or a state that holds some."""
     here = mesh()
     assert here is not None, "shardings are asked for under sharding.use(mesh)"
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(here, spec(path_of(path), x.shape)), tree
+        lambda path, x: NamedSharding(here, at_rest(path_of(path), x.shape)), tree
     )
+
+
+def gather_vectors(params: Any) -> Any:
+    """Parameters as `spec` has them: vectors are gathered, all others stay as they rest."""
+
+    def prepare(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        name = path_of(path)
+        computes = spec(name, x.shape)
+        return x if at_rest(name, x.shape) == computes else constrain(x, *computes)
+
+    return jax.tree_util.tree_map_with_path(prepare, params)
 
 
 def batch_sharding() -> NamedSharding:

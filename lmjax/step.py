@@ -136,7 +136,7 @@ def make_train_step(
         means, gradients, carry = _gradients(
             partial(forward, model, loss, drawn),
             whole,
-            params,
+            sharding.gather_vectors(params),
             batch,
             key,
             state.carry,

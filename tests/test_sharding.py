@@ -97,23 +97,23 @@ def test_parameters_rest_as_the_rules_say():
         "embedding": P(TENSOR, FSDP),
         "positions": P(None, FSDP),
         "blocks/attention/qkv/kernel": P(None, FSDP, None, TENSOR, None),
-        "blocks/attention/qkv/bias": P(None, None, TENSOR, None),
+        "blocks/attention/qkv/bias": P(None, None, TENSOR, FSDP),
         "blocks/attention/out/kernel": P(None, TENSOR, None, FSDP),
-        "blocks/attention/out/bias": P(None, None),
+        "blocks/attention/out/bias": P(None, FSDP),
         "blocks/mlp/up/kernel": P(None, FSDP, TENSOR),
-        "blocks/mlp/up/bias": P(None, TENSOR),
+        "blocks/mlp/up/bias": P(None, (TENSOR, FSDP)),
         "blocks/mlp/down/kernel": P(None, TENSOR, FSDP),
-        "blocks/mlp/down/bias": P(None, None),
-        **{f"blocks/norm_{n}/{part}": P(None, None) for n in (1, 2) for part in ("scale", "bias")},
-        "final_norm/scale": P(None),
-        "final_norm/bias": P(None),
+        "blocks/mlp/down/bias": P(None, FSDP),
+        **{f"blocks/norm_{n}/{part}": P(None, FSDP) for n in (1, 2) for part in ("scale", "bias")},
+        "final_norm/scale": P(FSDP),
+        "final_norm/bias": P(FSDP),
     }
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 8, 1), Layout(2, 2, 2), Layout(1, 2, 4)])
 @pytest.mark.parametrize("model", [GPT2_SMALL, GPT1], ids=["gpt2", "gpt1"])
 def test_nothing_large_is_replicated(model: GPT, layout: Layout):
-    """Of parameters and moments, a device holds its share, but for the vectors."""
+    """Of parameters and moments, a device holds its share, vectors included."""
     optimiser = AdamW(peak=1.0, warmup=1).transform(lambda step: step)
     with sharding.use(layout.mesh()):
         state = abstract_state(model, optimiser)
@@ -121,8 +121,20 @@ def test_nothing_large_is_replicated(model: GPT, layout: Layout):
     assert sum("mu/" in path_of(p) for p, _ in leaves) == len(jax.tree.leaves(state.params))
     for path, x in leaves:
         share = math.prod(x.sharding.shard_shape(x.shape)) / max(x.size, 1)
-        allowed = 1 / layout.fsdp if x.size > 12 * 4 * 768 else 1
-        assert share <= allowed, path_of(path)
+        assert share <= (1 / layout.fsdp if x.shape else 1), path_of(path)
+
+
+def test_vectors_rest_split_where_fsdp_divides_them_and_are_gathered_before_a_step():
+    with sharding.use(Layout(1, 8, 1).mesh()):
+        assert sharding.at_rest("norm/scale", (2, 12)) == P(None, None)
+        assert sharding.at_rest("qkv/bias", (3, 16, 12)) == P(None, (TENSOR, FSDP), None)
+        assert sharding.at_rest("output_bias", (16,)) == P(TENSOR)  # a sparse step looks rows up
+        rest = {"up": {"kernel": jnp.ones((16, 8)), "bias": jnp.arange(8.0)}}
+        rest = jax.device_put(rest, sharding.shardings(rest))
+        ready = jax.jit(sharding.gather_vectors)(rest)
+    assert rest["up"]["bias"].addressable_shards[0].data.shape == (1,)
+    assert ready["up"]["bias"].sharding.is_fully_replicated
+    assert ready["up"]["kernel"].addressable_shards[0].data.shape == (2, 8)
 
 
 def test_a_parameter_without_a_rule_is_refused():
