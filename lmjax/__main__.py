@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lmjax import compilation, hosts
 from lmjax.document import redacted
+from lmjax.plan import crashes
 from lmjax.verb import Assignments
 from lmjax.verbs import VERBS
 
@@ -123,5 +124,7 @@ def _leave(*_: object) -> None:
 if __name__ == "__main__":
     # What the locale cannot spell is escaped; no text ends a command.
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    if sys.argv[1:2] == ["plan"]:
+        crashes.outlive()
     signal.signal(signal.SIGINT, _leave)
     sys.exit(main(sys.argv[1:]))

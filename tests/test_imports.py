@@ -67,7 +67,7 @@ FLOORS = (
     "drill_runs",
     "drill",
     "plan.chips plan.hlo plan.kept plan.table",
-    "plan.program",
+    "plan.program plan.crashes",
     "plan.facts",
     "plan.predict plan.memory",
     "plan.plan plan.roofline",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lmjax.plan import kept
+from lmjax.plan import crashes, kept
 from lmjax.plan.hlo import Op
 
 from lmjax.plan.program import Program, Step, TooLarge, compile_step, lower_step  # isort: skip
@@ -25,6 +25,10 @@ from lmjax.run import Run
 Say = Callable[[str], None]
 # Products of attention per kernel: scores and values forward; five in the fused backward pass.
 _PRODUCTS = {"fwd": 2, "dkv": 5, "dq": 3}
+
+
+class Crashed(ValueError):
+    """The compiler cannot compile a program that is not at fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +63,23 @@ def find(run: Run, topology: str, phase: int, say: Say) -> Facts:
     minutes and is announced.
 
     Raises:
+      Crashed: the compiler ended its process over this program before.
       ValueError: the topology, or a mesh or batch that it cannot have.
     """
     step = lower_step(run, topology, phase)
     key = kept.key(topology, step.places, step.text)
     if (found := kept.read(key)) is not None:
+        if crash := found.get("crash"):
+            raise Crashed(
+                f"{topology}, {described(run)}: this TPU compiler ends with {crash} on this"
+                " program; choose another mesh, batch or --model.remat, or another version of"
+                f" libtpu (to try again: rm {kept.path(key)})"
+            )
         return from_json(found)
     rows, length = run.batch_sizes()[phase], run.makers()[phase].length
     say(f"compiling for {topology}, batch {rows:,} × {length}, {described(run)} …")
-    facts = compiled_facts(step)
+    with crashes.compiling(key):
+        facts = compiled_facts(step)
     kept.write(key, dataclasses.asdict(facts))
     return facts
 

@@ -30,10 +30,15 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(dump([_source(), versions, *parts]).encode()).hexdigest()
 
 
+def path(name: str) -> Path:
+    """Where what is kept under a name is."""
+    return folder() / f"{name}.json"
+
+
 def read(name: str) -> dict[str, Any] | None:
     """What was kept under a name, if it can be read."""
     try:
-        return json.loads((folder() / f"{name}.json").read_text("utf-8"))
+        return json.loads(path(name).read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -41,7 +46,7 @@ def read(name: str) -> dict[str, Any] | None:
 def write(name: str, found: dict[str, Any]) -> None:
     """Keeps it; a cache that cannot be written is none."""
     try:
-        write_whole(folder() / f"{name}.json", json.dumps(found).encode())
+        write_whole(path(name), json.dumps(found).encode())
     except OSError:
         pass
 

@@ -11,7 +11,7 @@ import math
 from typing import Any, get_args, get_type_hints
 
 from lmjax.plan import chips, memory, roofline
-from lmjax.plan.facts import Say, described
+from lmjax.plan.facts import Crashed, Say, described
 from lmjax.plan.plan import Result, plan
 
 from lmjax.run import Run, replace  # isort: skip
@@ -60,7 +60,8 @@ def search(
     what was expected.
 
     Raises:
-      ValueError: the topology, or no combination that `train` accepts and that fits by the line.
+      ValueError: the topology, or no combination that `train` accepts, that fits by the line and
+        that the compiler survives.
     """
     considered = consider(run, topology)
     say(
@@ -71,16 +72,28 @@ def search(
         why = "it fits none of them, by the line" if considered.large else considered.reason
         raise ValueError(f"--search: no mesh of {topology} takes this recipe: {why}")
     tried: dict[str, tuple[Run, Result]] = {}
+    crashed: dict[str, str] = {}
 
     def attempt(one: Run) -> None:
-        if len(tried) < most and (name := described(one)) not in tried:
+        name = described(one)
+        if len(tried) == most or name in tried or name in crashed:
+            return
+        try:
             found = plan(one, topology, price, largest=False, say=say)
+        except Crashed as error:
+            crashed[name] = str(error)
+            say(f"left out: {error}")
+        else:
             tried[name] = one, found | _told(run, one, topology)
 
     def best() -> Run:
         return min(tried.values(), key=lambda pair: _slowness(pair[1]))[0]
 
-    attempt(considered.ranked[0].run)
+    for candidate in considered.ranked:
+        if not tried:
+            attempt(candidate.run)
+    if not tried:
+        raise Crashed(next(iter(crashed.values())))
     while len(tried) < most and not any(found["fits"] for _, found in tried.values()):
         smaller = _more_parts(list(tried.values())[-1][0], topology)
         if smaller is None:

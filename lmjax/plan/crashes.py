@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU compiler sometimes ends the process that it runs in: a segmentation fault of libtpu. So
+`plan` runs in a child of a process that sees it end, writes down which program it was, and begins
+again; what was compiled before is kept, and that program is refused from then on.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_parent: BinaryIO | None = None
+
+
+def outlive() -> None:
+    """Returns in a child process; this one waits for it, and exits as it did.
+
+    Called while the process has one thread.
+    """
+    global _parent
+    while True:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(reading)
+            _parent = os.fdopen(writing, "wb", buffering=0)
+            return
+        os.close(writing)
+        code, compiling = _wait(child, reading)
+        if -code not in _CRASHES or not compiling:
+            sys.exit(code if code >= 0 else 128 - code)
+        name = signal.Signals(-code).name
+        print(f"the TPU compiler ended with {name}; going on without it", file=sys.stderr)
+        _refuse(compiling, name)
+
+
+def _wait(child: int, reading: int) -> tuple[int, str]:
+    """How a child ended, and the program that it was compiling then; signals are the child's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    with os.fdopen(reading, "rb") as pipe:
+        told = pipe.read().decode()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, told.rpartition("\n")[2]
+
+
+def _refuse(name: str, crash: str) -> None:
+    from lmjax.plan import kept
+
+    kept.write(name, {"crash": crash})
+
+
+@contextlib.contextmanager
+def compiling(name: str) -> Iterator[None]:
+    """Tells the parent, if there is one, what is compiled meanwhile, by the name it is kept by."""
+    _tell(name)
+    yield
+    _tell("\n")
+
+
+def _tell(text: str) -> None:
+    if _parent is not None:
+        _parent.write(text.encode())

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compiler that ends its process ends neither a plan nor a search."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmjax import recipe
+from lmjax.plan import chips, facts, kept
+from lmjax.plan import search as searches
+from lmjax.plan.facts import Crashed, described, find
+from lmjax.plan.search import search
+
+GPT = str(Path(__file__).parent.parent / "experiments/gpt2_small.py")
+needs_compiler = pytest.mark.skipif(not chips.installed(), reason=chips.MISSING)
+HEAD = """
+import os, signal, sys, time
+from lmjax.plan import crashes
+crashes.outlive()
+from lmjax.plan import kept
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def start(script: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", HEAD + script], stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def test_what_was_compiled_when_the_process_crashed_is_written_down_and_all_else_goes_on():
+    child = start("""
+for name in ("a", "b", "c"):
+    if kept.read(name) is None:
+        with crashes.compiling(name):
+            if name != "a":
+                os.kill(os.getpid(), signal.SIGSEGV)
+        kept.write(name, {"pid": os.getpid()})
+print([kept.read(name).get("crash") for name in ("a", "b", "c")])
+sys.exit(3)
+""")
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 3 and out == "[None, 'SIGSEGV', 'SIGSEGV']\n"
+    assert err.count("the TPU compiler ended with SIGSEGV; going on without it") == 2
+    compiled = kept.read("a")
+    assert compiled is not None and compiled["pid"] != child.pid
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        # No program to blame, so the same would happen again.
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 128 + signal.SIGSEGV),
+        # Not of the compiler's making: the kernel's for want of memory, or a person's.
+        ("crashes.compiling('a').__enter__(); os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("sys.exit(2)", 2),
+        ("", 0),
+    ],
+)
+def test_any_other_end_is_the_end(script: str, code: int):
+    child = start(script)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code and "going on" not in err
+    assert kept.read("a") is None
+
+
+def test_a_request_to_end_reaches_the_child():
+    child = start("print(os.getpid(), flush=True); time.sleep(60)")
+    assert child.stdout is not None
+    inner = int(child.stdout.readline())
+    child.terminate()
+    child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{inner}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(ProcessLookupError):
+        os.kill(inner, 0)
+
+
+@needs_compiler
+def test_a_program_that_crashed_is_refused_with_a_way_out(monkeypatch):
+    run = recipe.load(GPT, tiny=True)
+    names = []
+    monkeypatch.setattr(facts.kept, "read", lambda name: names.append(name) or {"crash": "SIGSEGV"})
+    with pytest.raises(Crashed, match=r"data -?1.*ends with SIGSEGV.*another mesh.*rm .*\.json"):
+        find(run, "v5e:1x1", 0, print)
+    assert len(names) == 1
+
+
+@needs_compiler
+def test_a_search_leaves_out_what_the_compiler_crashes_on(monkeypatch):
+    run = recipe.load(GPT, tiny=True)
+    tried, said = [], []
+
+    def plan(run, topology, price, largest, say):
+        tried.append(described(run))
+        if "remat names, accumulate 1" not in described(run):
+            raise Crashed(f"crashed on {described(run)}")
+        return {"fits": True, "hours": 1.0}
+
+    monkeypatch.setattr(searches, "plan", plan)
+    found = search(run, "v5e:1x1", say=said.append)
+    assert len(found) == 1 and found[0]["flags"].endswith("--model.remat=names")
+    assert len(tried) == len(set(tried)) > len(found)
+    assert sum(line.startswith("left out: crashed on") for line in said) == len(tried) - len(found)
+
+    def nothing(run, *_, **__):
+        raise Crashed(f"crashed on {described(run)}")
+
+    monkeypatch.setattr(searches, "plan", nothing)
+    with pytest.raises(Crashed, match="crashed on"):
+        search(run, "v5e:1x1", say=said.append)
