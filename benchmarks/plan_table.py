@@ -14,7 +14,7 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from lmjax.plan import chips
+from lmjax.plan import chips, crashes
 from lmjax.plan.plan import Result, plan
 from lmjax.plan.search import consider
 
@@ -76,6 +76,7 @@ def main() -> None:
     """Prints the table; names of recipes and topologies choose rows."""
     given = [word for word in sys.argv[1:] if word != "--quick"]
     quick = len(given) < len(sys.argv) - 1
+    crashes.outlive()
     names = [n for n in BATCHES if n in given] or list(BATCHES)
     topologies = [t for t in TOPOLOGIES if t in given] or list(TOPOLOGIES)
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)

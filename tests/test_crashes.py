@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A compiler that ends its process ends neither a plan nor a search."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import lmjax
 
 from lmjax import recipe
 from lmjax.plan import chips, facts, kept
@@ -86,6 +88,14 @@ def test_a_request_to_end_reaches_the_child():
         time.sleep(0.05)
     with pytest.raises(ProcessLookupError):
         os.kill(inner, 0)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_program_that_overflows_the_compilers_usual_stacks_is_compiled():
+    keys = ("--tiny", "--model.remat=full", "--topology=v5e:1x1", "--quick", "--json")
+    out, err = lmjax("plan", GPT.replace("gpt2_small", "bert_tiny"), *keys)
+    assert json.loads(out)["fits"] and "going on without it" not in err
 
 
 @needs_compiler

@@ -16,6 +16,10 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Estimating some small matrix products, as BERT-base's on 256 devices, overflows the stacks that
+# the compiler's fibers have.
+_STACKS = "--fibers_default_thread_stack_size=4194304"
+os.environ["LIBTPU_INIT_ARGS"] = f"{_STACKS} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 
 from jax.experimental import topologies  # noqa: E402
 
