@@ -12,7 +12,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -47,6 +47,7 @@ WORD_LENGTH = 50
 _FILE = "vocab.txt"
 _LINE_ENDS = re.compile(r"\r\n?|\n")
 _BLANK = re.compile(r"\s")
+_LONGEST = 1000  # characters of a word that is counted: what has no blanks is spelt instead
 _AT_ONCE = 1 << 16  # characters of a sentence, or rows of a table, that are worked on at a time
 
 
@@ -54,7 +55,8 @@ _AT_ONCE = 1 << 16  # characters of a sentence, or rows of a table, that are wor
 class Vocabulary:
     """Words in a file as bilm-tf's: <S>, </S>, <UNK>, then the words, the most frequent first.
 
-    size: at most so many lines, the three marks included; ties go by code point.
+    size: at most so many lines, the three marks included; ties go by code point, and words of more
+        than 1,000 characters are none of them.
     path: such a file to take instead; its marks may stand anywhere.
     split: what a word is. "blanks": the text is tokenised, a sentence a line, blanks between the
         words. "words": raw text, cut into sentences, then into words, numbers and signs.
@@ -150,20 +152,21 @@ class VocabularyTokenizer(Tokenizer, kinds=("vocabulary",)):
                 ids.extend(self._encoded(words))
             if len(ids) > before:
                 ids.append(END)
-        return np.array(ids, np.int32)
+        return np.asarray(ids)  # of its memory: a copy would be as large again
 
-    def _encoded(self, words: list[str]) -> list[int]:
+    def _encoded(self, words: list[str]) -> Iterable[int]:
+        # Lazily, for one word without a blank may have 100 MB.
         known = self._ids
         try:
             return [known[word] for word in words]
         except KeyError:
-            return [i for word in words for i in self._one(word)]
+            return chain.from_iterable(map(self._one, words))
 
-    def _one(self, word: str) -> list[int]:
+    def _one(self, word: str) -> Iterable[int]:
         if (known := self._ids.get(word)) is not None:
-            return [known]
-        first, *rest = word.encode()
-        return [self.words + first, *(self.words + BYTES + byte for byte in rest)]
+            return (known,)
+        first, rest = (spelt := memoryview(word.encode()))[0], spelt[1:]
+        return chain((self.words + first,), (self.words + BYTES + byte for byte in rest))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The words between blanks, a sentence a line."""
@@ -299,11 +302,12 @@ def _frequent(texts: Iterator[bytes], split: Cut, most: int) -> list[str]:
     for text in texts:
         for sentence in _sentences(text.decode(), split):
             for words in _words(sentence, split):
-                counts.update(words)
+                counts.update(word if len(word) <= _LONGEST else "" for word in words)
     for mark in MARKS:
         counts.pop(mark, None)
     if not counts:
         raise ValueError("the training split has no words to make a vocabulary of")
+    counts.pop("", None)
     return sorted(counts, key=lambda word: (-counts[word], word))[:most]
 
 

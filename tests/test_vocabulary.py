@@ -175,6 +175,14 @@ def test_a_long_line_is_one_sentence_and_a_long_word_one_word(small: VocabularyT
         assert len(small.encode(empty)) == 0
 
 
+@pytest.mark.parametrize("text", ["a " + 3 * f"{'b' * 1001} ", "b" * 1001])
+def test_what_has_no_blanks_for_long_is_no_word_of_the_vocabulary(tmp_path: Path, text: str):
+    found = made(tmp_path, text)
+    assert found.spellings[len(MARKS) :] == ["a"] * ("a" in text)
+    assert found.decode(found.encode(text)).split() == text.split()
+    assert "b" * 1000 in made(tmp_path, "b" * 1000).spellings
+
+
 def test_character_ids_are_the_originals():
     assert character_ids("né", 8).tolist() == [258, ord("n"), 0xC3, 0xA9, 259, 260, 260, 260]
     assert character_ids("<S>", 6).tolist() == [258, 256, 259, 260, 260, 260]
