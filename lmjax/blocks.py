@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns the mixed states (B, L, D) and the cache with this call's keys and values."""
         width = hidden_BLD.shape[-1]
+        sharding.check_even("attention", "heads", self.heads, sharding.TENSOR)
         # A plain matrix product to (B, L, 3, H, K): moving the heads out is cheaper apart.
         features = (3, self.heads, width // self.heads)
         into = Dense(features, self.init_std, truncated=self.truncated, name="qkv")

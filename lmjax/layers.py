@@ -143,6 +143,9 @@ embed.defvjp(_embed_forward, _embed_backward)
 class Dense(nn.Module):
     """x W + b over the last `contract` dimensions of x, which become `features`.
 
+    Heads and their width are one dimension of W and b as they are kept, which is whole lanes of a
+    TPU's memory where a head is half of them.
+
     `at_rest`: the weights are as they rest on the mesh; a stack hands out gathered ones.
     """
 
@@ -156,20 +159,23 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., *inputs) to (..., *features), in the dtype of x."""
         rows, inputs = x.shape[: -self.contract], x.shape[-self.contract :]
+        kept = (math.prod(inputs), *self.features[:-2], math.prod(self.features[-2:]))
         init = normal(self.init_std, self.truncated)
-        kernel = self.param("kernel", init, (*inputs, *self.features))
-        bias = self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+        kernel = self.param("kernel", init, kept)
+        bias = self.param("bias", nn.initializers.zeros, kept[1:]).astype(x.dtype)
         if self.at_rest:
             name = f"{self.name}/kernel"
             kernel = sharding.for_compute({name: kernel}, x.dtype)[name]
         kernel = kernel.astype(x.dtype)
         if cpu.alone():
-            flat = (math.prod(inputs), math.prod(self.features))
-            y = cpu.product(cpu.hold(x).reshape(-1, flat[0]), kernel.reshape(flat))
+            y = cpu.product(cpu.hold(x).reshape(-1, kept[0]), kernel.reshape(kept[0], -1))
             y = y.reshape(*rows, *self.features)
         else:
+            if kernel.shape != (shape := (*inputs, *self.features)):
+                # Or the compiler would rather give heads to the product, which is larger.
+                kernel = jax.lax.optimization_barrier(kernel.reshape(shape))
             y = jnp.tensordot(x, kernel, self.contract)
-        return y + jnp.expand_dims(bias, tuple(range(len(rows))))
+        return y + bias.reshape((1,) * len(rows) + self.features)
 
 
 class LayerNorm(nn.Module):

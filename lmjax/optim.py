@@ -18,7 +18,7 @@ Schedule = Callable[[Any], jax.Array]
 
 # (parameter path, the dimension along which its array holds variables that the original models
 # keep apart): the layers of a stack; the queries, keys and values of a fused projection.
-_APART: tuple[tuple[str, int], ...] = ((r"(^|/)blocks/", 0), (r"(^|/)qkv/(kernel|bias)$", -3))
+_APART: tuple[tuple[str, int], ...] = ((r"(^|/)blocks/", 0), (r"(^|/)qkv/(kernel|bias)$", -2))
 
 
 @dataclass(frozen=True)

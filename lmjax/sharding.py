@@ -38,9 +38,9 @@ COPIES = (DATA, SEQUENCE)  # each device of these makes a gradient of all that f
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", (TENSOR, FSDP)),
     (r"(positions|types)$", (None, FSDP)),
-    (r"qkv/kernel$", (FSDP, None, TENSOR, None)),
-    (r"qkv/bias$", (None, TENSOR, None)),
-    (r"attention/out/kernel$", (TENSOR, None, FSDP)),
+    (r"qkv/kernel$", (FSDP, None, TENSOR)),  # whole heads, by `check_even` of attention
+    (r"qkv/bias$", (None, TENSOR)),
+    (r"attention/out/kernel$", (TENSOR, FSDP)),
     (r"up/kernel$", (FSDP, TENSOR)),
     (r"up/bias$", (TENSOR,)),
     (r"down/kernel$", (TENSOR, FSDP)),
@@ -179,13 +179,16 @@ def spec(path: str, shape: tuple[int, ...]) -> P:
 
 def _check_even(path: str, shape: tuple[int, ...], axes: tuple[Any, ...]) -> None:
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        names = _names(axis)
-        if size % axis_size(*names):
-            raise ValueError(
-                f"{path}: dimension {dim} has size {size}, which mesh axis "
-                f"{' × '.join(names)}={axis_size(*names)} does not divide; choose another "
-                f"--mesh.{names[-1]}"
-            )
+        check_even(path, f"dimension {dim}", size, *_names(axis))
+
+
+def check_even(where: str, what: str, size: int, *axes: str) -> None:
+    """Raises ValueError if `axes` together do not divide the size of something."""
+    if size % axis_size(*axes):
+        raise ValueError(
+            f"{where}: {what} has size {size}, which mesh axis {' × '.join(axes)}="
+            f"{axis_size(*axes)} does not divide; choose another --mesh.{axes[-1]}"
+        )
 
 
 def at_rest(path: str, shape: tuple[int, ...]) -> P:

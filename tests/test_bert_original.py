@@ -37,7 +37,7 @@ def fixture() -> tuple[BERT, dict[str, np.ndarray], Path]:
 
 def from_tensorflow(model: BERT, weights: Any) -> Any:
     """Variables of the TF graph, `a|b|c`, as our tree; their gradients and updates as well."""
-    width, heads, layers = model.width, model.heads, range(model.depth)
+    layers = range(model.depth)
     rows = -(-model.vocab // 128) * 128
 
     def padded(name: str) -> np.ndarray:
@@ -57,12 +57,8 @@ def from_tensorflow(model: BERT, weights: Any) -> Any:
 
     def qkv(part: str) -> np.ndarray:
         names = [f"attention|self|{n}|{part}" for n in ("query", "key", "value")]
-        shape = (width,) if part == "kernel" else ()
-        each = [stacked(n).reshape(model.depth, *shape, heads, width // heads) for n in names]
-        return np.stack(each, axis=-3)
+        return np.stack([stacked(name) for name in names], axis=-2)
 
-    out = dense("attention|output|dense", True)
-    out["kernel"] = out["kernel"].reshape(model.depth, heads, width // heads, width)
     return {
         "embeddings": {
             "embedding": padded("bert|embeddings|word_embeddings"),
@@ -71,7 +67,10 @@ def from_tensorflow(model: BERT, weights: Any) -> Any:
             "norm": norm("bert|embeddings|LayerNorm"),
         },
         "blocks": {
-            "attention": {"qkv": {"kernel": qkv("kernel"), "bias": qkv("bias")}, "out": out},
+            "attention": {
+                "qkv": {"kernel": qkv("kernel"), "bias": qkv("bias")},
+                "out": dense("attention|output|dense", True),
+            },
             "norm_1": norm("attention|output|LayerNorm", True),
             "norm_2": norm("output|LayerNorm", True),
             "mlp": {"up": dense("intermediate|dense", True), "down": dense("output|dense", True)},

@@ -83,7 +83,7 @@ def test_keys_are_their_numbers():
 
 SHAPES = {
     "embedding": (16, 8),
-    "blocks": {"qkv": {"kernel": (2, 8, 3, 2, 4)}, "up": {"bias": (2, 16)}},
+    "blocks": {"qkv": {"kernel": (2, 8, 3, 8)}, "up": {"bias": (2, 16)}},
     "norm": {"scale": (8,)},
 }
 

@@ -111,9 +111,9 @@ def by_hand(model: GPT, params, tokens: np.ndarray) -> np.ndarray:
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     def attend(x, w):
-        query, key, value = (
-            np.einsum("BLD,DNHK->NBHLK", x, w["qkv"]["kernel"]) + w["qkv"]["bias"][:, None, :, None]
-        )
+        qkv = np.einsum("BLD,DNE->NBLE", x, w["qkv"]["kernel"]) + w["qkv"]["bias"][:, None, None]
+        heads = qkv.reshape(*qkv.shape[:3], model.heads, -1)
+        query, key, value = np.moveaxis(heads, 3, 2)
         out = np.zeros_like(value)
         for at in range(x.shape[1]):
             past = slice(at + 1)
@@ -122,7 +122,8 @@ def by_hand(model: GPT, params, tokens: np.ndarray) -> np.ndarray:
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             out[:, :, at] = np.einsum("BHS,BHSK->BHK", weights, value[:, :, past])
-        return np.einsum("BHLK,HKD->BLD", out, w["out"]["kernel"]) + w["out"]["bias"]
+        joined = np.moveaxis(out, 1, 2).reshape(x.shape)
+        return joined @ w["out"]["kernel"] + w["out"]["bias"]
 
     def mlp(x, w):
         inner = gelu(x @ w["up"]["kernel"] + w["up"]["bias"])

@@ -18,7 +18,7 @@ from lmjax.step import abstract_params, abstract_state
 OPTIM = LAMB(
     peak=1e-2, warmup=5, decay="linear", floor=0.0, count="before", decay_from="start"
 )  # fmt: skip
-ATTENTION = {"qkv": {"kernel": (4, 3, 2, 2), "bias": (3, 2, 2)}, "out": {"kernel": (2, 2, 4)}}
+ATTENTION = {"qkv": {"kernel": (4, 3, 4), "bias": (3, 4)}, "out": {"kernel": (4, 4)}}
 LAYER = {
     "attention": ATTENTION,
     "mlp": {"up": {"kernel": (4, 8), "bias": (8,)}},
@@ -54,8 +54,8 @@ def apart(tree) -> dict[str, np.ndarray]:
         layers = dict(enumerate(x)) if "blocks" in path.split("/") else {"only": x}
         for layer, values in layers.items():
             parts = {"all": values}
-            if "qkv" in path:  # (D, 3, H, K) and (3, H, K)
-                parts = {name: values[..., i, :, :] for i, name in enumerate("qkv")}
+            if "qkv" in path:  # (D, 3, D) and (3, D)
+                parts = {name: values[..., i, :] for i, name in enumerate("qkv")}
             found |= {f"{path} {layer} {name}": part for name, part in parts.items()}
     return found
 

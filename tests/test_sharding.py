@@ -96,9 +96,9 @@ def test_parameters_rest_as_the_rules_say():
     assert got == {
         "embedding": P(TENSOR, FSDP),
         "positions": P(None, FSDP),
-        "blocks/attention/qkv/kernel": P(None, FSDP, None, TENSOR, None),
-        "blocks/attention/qkv/bias": P(None, None, TENSOR, FSDP),
-        "blocks/attention/out/kernel": P(None, TENSOR, None, FSDP),
+        "blocks/attention/qkv/kernel": P(None, FSDP, None, TENSOR),
+        "blocks/attention/qkv/bias": P(None, None, (TENSOR, FSDP)),
+        "blocks/attention/out/kernel": P(None, TENSOR, FSDP),
         "blocks/attention/out/bias": P(None, FSDP),
         "blocks/mlp/up/kernel": P(None, FSDP, TENSOR),
         "blocks/mlp/up/bias": P(None, (TENSOR, FSDP)),
@@ -127,7 +127,7 @@ def test_nothing_large_is_replicated(model: GPT, layout: Layout):
 def test_vectors_rest_split_where_fsdp_divides_them_and_are_gathered_before_a_step():
     with sharding.use(Layout(1, 8, 1).mesh()):
         assert sharding.at_rest("norm/scale", (2, 12)) == P(None, None)
-        assert sharding.at_rest("qkv/bias", (3, 16, 12)) == P(None, (TENSOR, FSDP), None)
+        assert sharding.at_rest("qkv/bias", (16, 3, 12)) == P(FSDP, None, TENSOR)
         assert sharding.at_rest("output_bias", (16,)) == P(TENSOR)  # a sparse step looks rows up
         rest = {"up": {"kernel": jnp.ones((16, 8)), "bias": jnp.arange(8.0)}}
         rest = jax.device_put(rest, sharding.shardings(rest))
@@ -149,7 +149,9 @@ def test_an_axis_that_does_not_divide_is_refused_by_name():
             spec("positions", (4, 12))
     with sharding.use(Layout(1, 1, 8).mesh()):
         with pytest.raises(ValueError, match=r"qkv/kernel: dimension 3 has size 12.*tensor=8"):
-            spec("blocks/attention/qkv/kernel", (2, 16, 3, 12, 64))
+            spec("blocks/attention/qkv/kernel", (2, 16, 3, 12))
+        with pytest.raises(ValueError, match=r"attention: heads has size 12.*tensor=8.*--mesh"):
+            abstract_params(GPT2_SMALL)
 
 
 def test_paths_are_written_with_slashes():
