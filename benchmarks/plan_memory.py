@@ -2,7 +2,7 @@
 """Parameters and optimiser of a device on ever more devices, as Markdown; needs the TPU compiler's
 package for its topologies, and no TPU.
 
-    python -m benchmarks.plan_memory [--compile]
+    python -m benchmarks.plan_memory [--compile] [gpt2_xl …]
 
 By the shardings, which is exact and takes seconds; with --compile also what the compiler says that
 a program of the same mesh is given and needs, of one row a device, minutes each and kept.
@@ -13,7 +13,7 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from lmjax.plan import chips, memory
+from lmjax.plan import chips, crashes, memory
 from lmjax.plan.plan import plan
 
 from lmjax import recipe  # isort: skip
@@ -32,10 +32,12 @@ def meshes(tensor: int) -> list[tuple[str, Layout]]:
 
 
 def main() -> None:
-    """Prints a line a recipe and topology."""
+    """Prints a line a recipe and topology; names choose recipes."""
+    crashes.outlive()
+    chosen = [series for series in SERIES if series[0] in sys.argv[1:]] or SERIES
     print("| recipe | topology | fsdp × tensor | MiB a device | × devices, GiB | more than split |")
-    print("|---|---|---|---|---|---|" + "---|" * ("--compile" in sys.argv), flush=True)
-    for name, tensor in SERIES:
+    print("|---" * 6 + "|", flush=True)
+    for name, tensor in chosen:
         run: Run = recipe.load(f"experiments/{name}.py")
         for topology, layout in meshes(tensor):
             count = layout.fsdp * layout.tensor
@@ -53,7 +55,9 @@ def main() -> None:
             if "--compile" in sys.argv:
                 found = plan(one, topology, largest=False, say=lambda _: None)
                 given = state + found["batch_and_padding_bytes"]
-                cells += f" | given {given / 2**20:.1f}, peak {found['peak_hbm_bytes'] / 2**20:.1f}"
+                cells += f"; by the compiler {given / 2**20:.1f} MiB with a batch of one row and"
+                cells += f" padding, {count * given / stored - 1:.1%}; peak"
+                cells += f" {found['peak_hbm_bytes'] / 2**20:.1f}"
             print(f"| {name} | {topology} | {shape} | {cells} |", flush=True)
 
 

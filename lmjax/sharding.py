@@ -229,7 +229,7 @@ def gather_vectors(params: Any) -> Any:
         computes = spec(name, x.shape)
         return x if at_rest(name, x.shape) == computes else constrain(x, *computes)
 
-    return jax.tree_util.tree_map_with_path(prepare, params)
+    return params if axis_size(FSDP) == 1 else jax.tree_util.tree_map_with_path(prepare, params)
 
 
 def batch_sharding() -> NamedSharding:

@@ -31,7 +31,12 @@ def start(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
 def lmjax(*arguments: str, code: int = 0, devices: int = 1) -> tuple[str, str]:
     """Output and errors of `python -m lmjax …`, which must exit with `code`."""
     process = start(*arguments, devices=devices)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
     assert "Traceback" not in err, err
     return out, err

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's own matrix product: plain numbers, in a program that keeps its barriers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def test_dense_is_the_same_on_one_cpu_and_on_a_mesh(rows, contract: int, feature
     x = draw(*rows, 8)
     dense = Dense(features, 0.5, contract)
     params = dense.init(jax.random.key(0), x)
-    params["params"]["bias"] += draw(*features)
+    params["params"]["bias"] += draw(*params["params"]["bias"].shape)
 
     def value_and_gradients(params, x):
         loss = lambda params, x: (jnp.sin(dense.apply(params, x))).sum()  # noqa: E731
@@ -47,7 +49,10 @@ def test_dense_is_the_same_on_one_cpu_and_on_a_mesh(rows, contract: int, feature
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     kernel, bias = params["params"]["kernel"], params["params"]["bias"]
-    assert kernel.shape == (*x.shape[-contract:], *features)
+    # Heads and their width are kept as one dimension.
+    whole = [math.prod(dims) for dims in (x.shape[-contract:], features[-2:])]
+    assert kernel.shape == (whole[0], *features[:-2], whole[1]) and bias.shape == kernel.shape[1:]
+    kernel, bias = kernel.reshape(*x.shape[-contract:], *features), bias.reshape(features)
     np.testing.assert_allclose(
         dense.apply(params, x), np.tensordot(x, kernel, contract) + np.asarray(bias), atol=1e-5
     )
