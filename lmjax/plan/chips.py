@@ -26,7 +26,7 @@ from jax.experimental import topologies  # noqa: E402
 from lmjax.peaks import FLOPS  # noqa: E402
 from lmjax.text_files import nearest  # noqa: E402
 
-MISSING = "no TPU compiler here: pip install 'lmjax[tpu-compile]' (x86 Linux)"
+MISSING = "no TPU compiler here (x86 Linux): in the checkout, pip install -e '.[tpu-compile]'"
 
 
 @dataclass(frozen=True)
