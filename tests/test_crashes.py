@@ -64,7 +64,7 @@ sys.exit(3)
         # No program to blame, so the same would happen again.
         ("os.kill(os.getpid(), signal.SIGSEGV)", 128 + signal.SIGSEGV),
         # Not of the compiler's making: the kernel's for want of memory, or a person's.
-        ("crashes.compiling('a').__enter__(); os.kill(os.getpid(), signal.SIGKILL)", 137),
+        ("with crashes.compiling('a'): os.kill(os.getpid(), signal.SIGKILL)", 137),
         ("sys.exit(2)", 2),
         ("", 0),
     ],
@@ -76,8 +76,21 @@ def test_any_other_end_is_the_end(script: str, code: int):
     assert kept.read("a") is None
 
 
-def test_a_request_to_end_reaches_the_child():
-    child = start("print(os.getpid(), flush=True); time.sleep(60)")
+def test_a_crash_that_cannot_be_written_down_ends_it():
+    child = start("with crashes.compiling('no/such'): os.kill(os.getpid(), signal.SIGSEGV)")
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGSEGV and err.count("going on without it") == 1
+
+
+@pytest.mark.parametrize("crash", ["", "os.kill(os.getpid(), signal.SIGSEGV)"])
+def test_a_request_to_end_reaches_the_child(crash: str):
+    """Also one that began after a crash."""
+    child = start(f"""
+if not kept.read("a"):
+    with crashes.compiling("a"):
+        {crash or "pass"}
+print(os.getpid(), flush=True); time.sleep(60)
+""")
     assert child.stdout is not None
     inner = int(child.stdout.readline())
     child.terminate()

@@ -21,20 +21,25 @@ def outlive() -> None:
     Called while the process has one thread.
     """
     global _parent
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    refused = ""
     while True:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             os.close(reading)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             _parent = os.fdopen(writing, "wb", buffering=0)
             return
         os.close(writing)
         code, compiling = _wait(child, reading)
-        if -code not in _CRASHES or not compiling:
+        # The same one again: it could not be written down.
+        if -code not in _CRASHES or compiling in ("", refused):
             sys.exit(code if code >= 0 else 128 - code)
         name = signal.Signals(-code).name
         print(f"the TPU compiler ended with {name}; going on without it", file=sys.stderr)
-        _refuse(compiling, name)
+        _refuse(refused := compiling, name)
 
 
 def _wait(child: int, reading: int) -> tuple[int, str]:
@@ -57,8 +62,10 @@ def _refuse(name: str, crash: str) -> None:
 def compiling(name: str) -> Iterator[None]:
     """Tells the parent, if there is one, what is compiled meanwhile, by the name it is kept by."""
     _tell(name)
-    yield
-    _tell("\n")
+    try:
+        yield
+    finally:
+        _tell("\n")
 
 
 def _tell(text: str) -> None:
