@@ -172,7 +172,7 @@ class Dense(nn.Module):
             y = y.reshape(*rows, *self.features)
         else:
             if kernel.shape != (shape := (*inputs, *self.features)):
-                # Or the compiler would rather give heads to the product, which is larger.
+                # Or the compiler moves the reshape behind the product, which is larger to copy.
                 kernel = jax.lax.optimization_barrier(kernel.reshape(shape))
             y = jnp.tensordot(x, kernel, self.contract)
         return y + bias.reshape((1,) * len(rows) + self.features)

@@ -197,9 +197,10 @@ def at_rest(path: str, shape: tuple[int, ...]) -> P:
 
     Not so the bias of a vocabulary, whose rows a sparse step looks up. Errors: as `spec`.
     """
-    axes = [_names(axis) for axis in spec(path, shape)]
+    computes = spec(path, shape)
+    axes = [_names(axis) for axis in computes]
     if any(FSDP in names for names in axes) or path.endswith("output_bias"):
-        return spec(path, shape)
+        return computes
     for dim in reversed(range(len(shape))):
         if shape[dim] % axis_size(*axes[dim], FSDP) == 0:
             axes[dim] = (*axes[dim], FSDP)

@@ -165,8 +165,8 @@ class VocabularyTokenizer(Tokenizer, kinds=("vocabulary",)):
     def _one(self, word: str) -> Iterable[int]:
         if (known := self._ids.get(word)) is not None:
             return (known,)
-        first, rest = (spelt := memoryview(word.encode()))[0], spelt[1:]
-        return chain((self.words + first,), (self.words + BYTES + byte for byte in rest))
+        spelt = memoryview(word.encode())
+        return chain((self.words + spelt[0],), (self.words + BYTES + byte for byte in spelt[1:]))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The words between blanks, a sentence a line."""

@@ -310,7 +310,7 @@ def test_fsdp_memory_falls_as_one_over_the_devices_by_the_compiler():
         found = plan(one, topology, largest=False, say=quiet)
         assert found["memory_from"] == "compiler"
         state[count] = count * (found["parameters_bytes"] + found["optimizer_bytes"])
-        # With the padding of its tiles: heads of 64 fill half of a tile of 128.
+        # With its batch and the padding of its tiles.
         given[count] = state[count] + count * found["batch_and_padding_bytes"]
     stored = 12 * (run.parameters() + run.model.padding)
     assert state[4] == pytest.approx(stored, rel=0.001) and state[16] < 1.01 * stored
