@@ -126,7 +126,7 @@ def matmul() -> Times:
     with sharding.use(mesh):
         text = compiled(jax.jit(jnp.matmul).lower(x, x), None).as_text()
     facts = Facts(0, True, 0, 0, cycles=hlo.cycles(hlo.operations(text)))
-    return times(facts, topology, causal=False, flops=2 * 8192**3)
+    return times(facts, topology, flops=2 * 8192**3)
 
 
 def line(name: str, published: float, low: float, middle: float, high: float, unit: str) -> str:

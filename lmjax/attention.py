@@ -159,6 +159,21 @@ def _parts(length: int) -> int:
     return sharding.axis_size(sharding.SEQUENCE) if sharding.splits(length) else 1
 
 
+def _folds(length: int, parts: int) -> bool:
+    """Whether each part has a chunk of a row from either end, for the work of causal queries."""
+    return parts > 1 and length % (2 * parts * _SPLASH_MULTIPLE) == 0
+
+
+def causal_share(length: int, parts: int) -> float:
+    """Of queries × keys, the share that a causal kernel on TPU computes on the busiest device.
+
+    Args:
+      length: tokens of a row.
+      parts: devices that its queries are split over; each has all keys.
+    """
+    return 0.5 if parts == 1 or _folds(length, parts) else 1 - 0.5 / parts
+
+
 def _splash_refuses(query, key, offset, dropout) -> str | None:
     length = query.shape[2]
     if length != key.shape[2] or length % (_SPLASH_MULTIPLE * _parts(length)):
@@ -172,7 +187,7 @@ def _splash(query, key, value, causal, segments_BL) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     length, parts = query.shape[2], _parts(query.shape[2])
-    folded = causal and parts > 1 and length % (2 * parts * _SPLASH_MULTIPLE) == 0
+    folded = causal and _folds(length, parts)
     heads = query.shape[1] // sharding.axis_size(sharding.TENSOR)
     block, chunk = _splash_block(length), length // parts // (2 if folded else 1)
     block_q = min(512, _splash_block(chunk)) if chunk % 512 == 0 else _splash_block(chunk)

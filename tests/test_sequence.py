@@ -13,7 +13,7 @@ from encoders import MODELS, example
 from jax.sharding import PartitionSpec as P
 
 from lmjax import losses, recipe, sharding
-from lmjax.attention import Kernel, attention
+from lmjax.attention import Kernel, attention, causal_share
 from lmjax.examples.windows import Windows
 from lmjax.models.gpt import GPT
 from lmjax.run import Run, replace
@@ -107,6 +107,22 @@ def test_a_folded_row_gives_each_device_a_chunk_from_either_end(devices: int):
     parts = np.asarray(folded).reshape(devices, 6)
     assert {part.sum() for part in parts} == {row.sum() // devices}
     assert [set(part // 3) for part in parts] == [{i, 2 * devices - 1 - i} for i in range(devices)]
+
+
+@pytest.mark.parametrize(("length", "parts"), [(512, 1), (512, 4), (1024, 4), (768, 2), (1024, 2)])
+def test_the_busiest_device_sees_the_share_that_plan_counts(length: int, parts: int, monkeypatch):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    made, masks = splash.make_splash_mha, []
+    monkeypatch.setattr(
+        splash, "make_splash_mha", lambda mask, **rest: masks.append(mask) or made(mask, **rest)
+    )
+    arrays, segments = inputs(length)
+    with sharding.use(Layout(1, 1, 1, parts).mesh(jax.devices()[:parts])):
+        mixed = partial(attention, causal=True, segments_BL=segments, kernel="splash")
+        jax.eval_shape(mixed, *arrays[:3])
+    seen = np.asarray(masks[0].masks[0][:, :]).reshape(parts, -1).mean(axis=1).max()
+    assert causal_share(length, parts) == pytest.approx(seen, abs=1 / length)
 
 
 def test_kernels_that_cannot_split_a_row_are_refused():

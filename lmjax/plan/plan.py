@@ -14,6 +14,7 @@ from lmjax.plan.facts import Facts, Say, find
 from lmjax.plan.predict import Times, roofline, times
 
 from lmjax import sharding  # isort: skip
+from lmjax.attention import causal_share
 from lmjax.run import Run, replace
 from lmjax.sharding import Layout
 
@@ -107,11 +108,13 @@ def _memory(facts: Facts, topology: str) -> Result:
 
 def _speed(run: Run, topology: str, facts: Facts, phase: int) -> Result:
     chip, torus = chips.split_name(topology)
-    tokens = run.batch_sizes()[phase] * run.makers()[phase].length
-    flops = run.model.flops_per_token(run.makers()[phase].length) * tokens / math.prod(torus)
+    maker = run.makers()[phase]
+    tokens = run.batch_sizes()[phase] * maker.length
+    flops = run.model.flops_per_token(maker.length) * tokens / math.prod(torus)
     if facts.cycles is not None:
-        causal = not hasattr(run.makers()[phase], "masks")
-        found: Times = times(facts, topology, causal, flops)
+        causal = not hasattr(maker, "masks")
+        seen = causal_share(maker.length, run.mesh.sequence) if causal else 1.0
+        found: Times = times(facts, topology, seen, flops)
         low, step, high = found.low, found.step, found.high
         parts = {
             "step_from": "compiler",

@@ -66,16 +66,15 @@ class Times:
         return sum(self.transfers.values())
 
 
-def times(facts: Facts, topology: str, causal: bool, flops: float = 0.0) -> Times:
+def times(facts: Facts, topology: str, seen: float = 1.0, flops: float = 0.0) -> Times:
     """Of a program that the compiler could write down.
 
     Args:
-      causal: whether its attention is.
+      seen: share of queries × keys that its attention kernels compute.
       flops: of the model in a step, for each chip.
     """
     assert facts.cycles is not None, "a program that was not written down has no times"
     chip, torus = chips.split_name(topology)
-    seen = 0.5 if causal else 1.0
     kernels = sum(
         seen * flops * executions / (chip.flops / chip.devices * min(1.0, width / chip.matrix))
         for flops, width, executions in facts.kernels
