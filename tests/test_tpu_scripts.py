@@ -32,7 +32,7 @@ for part, given in answers.items():
     if part in call:
         code, text = given.pop(0) if len(given) > 1 else given[0]
         json.dump(answers, open(folder + "/answers.json", "w"))
-        print(text, end="")
+        print(text, end="", file=sys.stderr if code else sys.stdout)
         sys.exit(code)
 """
 
@@ -70,13 +70,14 @@ def verbs(calls):
     return [" ".join(c[2:4]) for c in calls if "describe" not in c]
 
 
-NONE = {"describe": [[1, ""]]}
+NOT_FOUND = [1, "ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found\n"]
+NONE = {"describe": [NOT_FOUND]}
 
 
 def test_a_pod_is_queued_spot_or_not_and_deletes_itself(gcloud, tmp_path):
     queue = {
-        "queued-resources describe": [[1, ""], [0, "WAITING_FOR_RESOURCES\n"], [0, "ACTIVE\n"]],
-        "tpu-vm describe": [[1, ""]],
+        "queued-resources describe": [NOT_FOUND, [0, "WAITING_FOR_RESOURCES\n"], [0, "ACTIVE\n"]],
+        "tpu-vm describe": [NOT_FOUND],
     }
     calls, out, _ = gcloud("create", *POD, *MADE, "--spot", "--project=p", answers=queue)
     (made,) = made_of(calls)
@@ -91,7 +92,7 @@ def test_a_pod_is_queued_spot_or_not_and_deletes_itself(gcloud, tmp_path):
 
 
 def test_a_pod_without_the_queue(gcloud, tmp_path):
-    states = {"queued-resources describe": [[1, ""]], "tpu-vm describe": [[1, ""], [0, "READY\n"]]}
+    states = {"queued-resources describe": [NOT_FOUND], "tpu-vm describe": [NOT_FOUND, [0, "READY\n"]]}
     calls, _, _ = gcloud("create", *POD, *MADE, "--on-demand", "--version=mine", answers=states)
     (made,) = made_of(calls)
     assert made[2:5] == ["tpu-vm", "create", "pod"] and "--version=mine" in made
@@ -105,7 +106,7 @@ def test_what_is_there_is_not_made_again_and_what_is_left_over_is_said(gcloud):
     left = {"describe": [[0, "SUSPENDED\n"]]}
     _, _, err = gcloud("create", *POD, *MADE, answers=left, code=2)
     assert "left over: tpu/delete.sh --name=pod" in err
-    failed = {"describe": [[1, ""], [1, ""], [0, "FAILED\n"]]}
+    failed = {"describe": [NOT_FOUND, NOT_FOUND, [0, "FAILED\n"]]}
     _, _, err = gcloud("create", *POD, *MADE, answers=failed, code=2)
     assert "pod was not given" in err
     _, _, err = gcloud("create", *POD, *MADE, answers={**NONE, "create": [[7, "no quota"]]}, code=7)
@@ -152,17 +153,57 @@ def test_a_run_is_started_on_all_hosts_waited_for_and_paid_no_longer(gcloud, tmp
 def test_after_a_preemption_the_pod_is_made_again_and_the_run_goes_on(gcloud):
     states = {
         "queued-resources describe": [
-            [1, ""], [0, "ACTIVE\n"], [0, "ACTIVE\n"],  # made, and runs
+            NOT_FOUND, [0, "ACTIVE\n"], [0, "ACTIVE\n"],  # made, and runs
             [0, "SUSPENDED\n"], [0, "SUSPENDED\n"],  # taken away, deleted
-            [1, ""], [0, "ACTIVE\n"],
+            NOT_FOUND, [0, "ACTIVE\n"],
         ],
-        "tpu-vm describe": [[1, ""]],
+        "tpu-vm describe": [NOT_FOUND],
         "cat lmjax/run.exit": [[0, ""], [0, "0\n"]],
     }  # fmt: skip
     calls, _, _ = gcloud("run", *POD, *MADE, "--spot", *TRAIN, answers=states)
     assert len(made_of(calls)) == 2 and all("--spot" in made for made in made_of(calls))
     assert sum("nohup" in " ".join(call) for call in calls) == 2
     assert verbs(calls).count("queued-resources delete") == 2
+
+
+def test_no_room_after_a_preemption_is_waited_out(gcloud):
+    states = {
+        "queued-resources describe": [
+            NOT_FOUND, [0, "ACTIVE\n"], [0, "SUSPENDED\n"], [0, "SUSPENDED\n"],  # taken, deleted
+            NOT_FOUND, NOT_FOUND,  # no room: nothing to delete
+            NOT_FOUND, [0, "ACTIVE\n"],
+        ],
+        "tpu-vm describe": [NOT_FOUND],
+        "queued-resources create": [[0, ""], [1, "RESOURCE_EXHAUSTED\n"], [0, ""]],
+        "cat lmjax/run.exit": [[0, "0\n"]],
+    }  # fmt: skip
+    calls, _, err = gcloud("run", *POD, *MADE, "--spot", *TRAIN, answers=states)
+    assert len(made_of(calls)) == 3 and "RESOURCE_EXHAUSTED" in err
+    assert sum("nohup" in " ".join(call) for call in calls) == 2
+    # From the start it is no reason to wait: a type without quota, a zone that has none.
+    refused = {**NONE, "create": [[7, "no quota"]]}
+    assert len(made_of(gcloud("run", *POD, *MADE, *TRAIN, answers=refused, code=7)[0])) == 1
+
+
+@pytest.mark.parametrize("part", ["tpu-vm scp", "make setup-tpu", "nohup"])
+def test_a_pod_that_cannot_be_set_up_is_tried_thrice_and_deleted(gcloud, part):
+    states = {"queued-resources describe": [[0, "ACTIVE\n"]], part: [[1, "broken pipe\n"]]}
+    calls, _, err = gcloud("run", *POD, *MADE, *TRAIN, answers=states, code=2)
+    assert sum(part in " ".join(call) for call in calls) == 3
+    assert "pod could not be set up" in err and verbs(calls)[-1] == "queued-resources delete"
+
+
+def test_without_a_network_nothing_is_made_or_deleted(gcloud):
+    lost = {"describe": [[1, "ERROR: Unable to find the server\n"]]}
+    for script, flags in (("create", MADE), ("delete", ()), ("run", (*MADE, *TRAIN))):
+        calls, _, err = gcloud(script, *POD, *flags, answers=lost, code=2)
+        assert verbs(calls) == [] and "Unable to find" in err and "could not be asked" in err
+    blip = {
+        "queued-resources describe": [[0, "ACTIVE\n"], [0, "ACTIVE\n"], *2 * lost["describe"]],
+        "cat lmjax/run.exit": [[0, ""], [255, ""], [0, "0\n"]],
+    }
+    calls, _, _ = gcloud("run", *POD, *MADE, "--keep", *TRAIN, answers=blip)
+    assert not [call for call in calls if "delete" in call]
 
 
 def test_a_cap_ends_the_run(gcloud):
@@ -177,7 +218,7 @@ def test_logs_are_of_host_0_and_deleting_finds_the_kind(gcloud):
     (call,), _, _ = gcloud("logs", *POD)
     assert call[2:4] == ["tpu-vm", "ssh"] and "--worker=0" in call
     assert "--command=tail -n 200 -F lmjax/run.log" in call
-    kinds = {"queued-resources describe": [[1, ""]], "tpu-vm describe": [[0, "READY\n"]]}
+    kinds = {"queued-resources describe": [NOT_FOUND], "tpu-vm describe": [[0, "READY\n"]]}
     assert verbs(gcloud("delete", *POD, answers=kinds)[0]) == ["tpu-vm delete"]
     assert "there is no pod" in gcloud("delete", *POD, answers=NONE)[1]
 

@@ -8,6 +8,7 @@ NAME=lmjax DRY=0 WHERE=() REST=()
 # shellcheck disable=SC2034  # read by the scripts
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+wait_a_little() { sleep "${LMJAX_POLL:-45}"; }
 die() { echo "error: $*" >&2; exit 2; }
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
@@ -42,13 +43,17 @@ call() {
 
 tpus() { call gcloud compute tpus "$1" "$2" "${@:3}" ${WHERE[@]+"${WHERE[@]}"}; }
 
-# ACTIVE, SUSPENDED … of a queued pod, READY, PREEMPTED … of another one; NONE of none.
+# ACTIVE, SUSPENDED … of a queued pod, READY, PREEMPTED … of another one; NONE of none; UNKNOWN
+# where gcloud could not ask, as without a network: that is no reason to make or delete anything.
 state() {
   if ((DRY)); then echo "$1"; return; fi
-  gcloud compute tpus queued-resources describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} \
-    --format='value(state.state)' 2>/dev/null ||
-    gcloud compute tpus tpu-vm describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} \
-      --format='value(state)' 2>/dev/null || echo NONE
+  local kind said
+  for kind in queued-resources/state.state tpu-vm/state; do
+    said=$(gcloud compute tpus "${kind%/*}" describe "$NAME" ${WHERE[@]+"${WHERE[@]}"} \
+      --format="value(${kind#*/})" 2>&1) && { echo "${said##*$'\n'}"; return; }
+    [[ $said == *NOT_FOUND* ]] || { echo "$said" >&2; echo UNKNOWN; return; }
+  done
+  echo NONE
 }
 
 on_hosts() { tpus tpu-vm ssh "$NAME" "--worker=$1" "--command=$2"; }

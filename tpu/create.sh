@@ -35,6 +35,7 @@ esac
 case $(state NONE) in
   ACTIVE | READY) echo "$NAME is there already"; exit 0 ;;
   NONE) ;;
+  UNKNOWN) die "whether there is a $NAME could not be asked" ;;
   SUSPEND* | FAILED | PREEMPTED) die "$NAME is left over: tpu/delete.sh --name=$NAME" ;;
 esac
 
@@ -45,14 +46,11 @@ kind=tpu-vm force=''
 if ((QUEUED)); then kind=queued-resources force=--force; fi
 echo "systemd-run --on-active=$seconds gcloud compute tpus $kind delete $NAME $force ${WHERE[*]-} --quiet --async" >"$cap"
 made=("--accelerator-type=$TYPE" "--metadata-from-file=startup-script=$cap" --scopes=cloud-platform)
-if ((QUEUED)); then
-  made+=("--node-id=$NAME" "--runtime-version=$VERSION")
-else
-  made+=("--version=$VERSION")
-fi
+if ((QUEUED)); then made+=("--node-id=$NAME" "--runtime-version=$VERSION"); else made+=("--version=$VERSION"); fi
 tpus "$kind" create "$NAME" "${made[@]}" ${SPOT[@]+"${SPOT[@]}"}
 until [[ $(state ACTIVE) =~ ^(ACTIVE|READY)$ ]]; do
-  [[ $(state ACTIVE) =~ ^(FAILED|SUSPENDED|NONE)$ ]] && die "$NAME was not given: $(state NONE)"
-  sleep "${LMJAX_POLL:-30}"
+  now=$(state ACTIVE)
+  [[ ! $now =~ ^(FAILED|SUSPENDED|NONE)$ ]] || die "$NAME was not given: $now"
+  wait_a_little
 done
 echo "$NAME is there; it deletes itself in $HOURS hours"

@@ -10,6 +10,7 @@ common_flags "$@"
 
 case $(state ACTIVE) in
   NONE) echo "there is no $NAME" ;;
+  UNKNOWN) die "whether there is a $NAME could not be asked; it may still cost" ;;
   READY | PREEMPTED | TERMINATED | STOPPED) tpus tpu-vm delete "$NAME" --quiet ;;
   *) tpus queued-resources delete "$NAME" --force --quiet ;;
 esac

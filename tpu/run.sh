@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 common_flags "$@"
 
-MADE=() SETUP=() HOURS='' KEEP=0 COMMAND=()
+MADE=() SETUP=() HOURS='' KEEP=0 THERE=0 FAILED=0 COMMAND=()
 while ((${#REST[@]})); do
   case ${REST[0]} in
     --hours=*) HOURS=${REST[0]#*=} ;;
@@ -35,17 +35,25 @@ nohup bash -c '.venv/bin/python -m lmjax ${line//\'/\'\\\'\'}; echo \$? >run.exi
 while :; do
   left=$(awk -v end="$deadline" -v now="$(date +%s)" 'BEGIN { printf "%.3f", (end - now) / 3600 }')
   [[ $left != -* ]] || { "$HERE/delete.sh" "${SAME[@]}"; die "$HOURS hours are over"; }
-  "$HERE/create.sh" "${SAME[@]}" "--hours=$left" ${MADE[@]+"${MADE[@]}"}
-  # Where this fails, the pod was taken away or the next look at it fails as well.
-  if "$HERE/setup.sh" "${SAME[@]}" ${SETUP[@]+"${SETUP[@]}"}; then on_hosts all "$start" || true; fi
-  while [[ $(state ACTIVE) =~ ^(ACTIVE|READY)$ ]] && (($(date +%s) < deadline)); do
+  # What is wrong from the start ends it; after a preemption there may be no room for a while.
+  "$HERE/create.sh" "${SAME[@]}" "--hours=$left" ${MADE[@]+"${MADE[@]}"} || {
+    code=$?; ((THERE)) || exit "$code"
+    "$HERE/delete.sh" "${SAME[@]}" || true; wait_a_little; continue
+  }
+  THERE=1
+  { "$HERE/setup.sh" "${SAME[@]}" ${SETUP[@]+"${SETUP[@]}"} && on_hosts all "$start"; } || {
+    ((++FAILED < 3)) || { "$HERE/delete.sh" "${SAME[@]}"; die "$NAME could not be set up"; }
+    wait_a_little; continue
+  }
+  FAILED=0
+  while [[ $(state ACTIVE) =~ ^(ACTIVE|READY|UNKNOWN)$ ]] && (($(date +%s) < deadline)); do
     code=$(on_hosts 0 'cat lmjax/run.exit 2>/dev/null || true' || true)
     if ((DRY)) || [[ $code =~ ^[0-9]+$ ]]; then
       tpus tpu-vm scp "$NAME:lmjax/run.log" "$NAME.log" --worker=0 || true
       ((KEEP)) || "$HERE/delete.sh" "${SAME[@]}"
       exit "${code:-0}"
     fi
-    sleep "${LMJAX_POLL:-60}"
+    wait_a_little
   done
   "$HERE/delete.sh" "${SAME[@]}"
 done
