@@ -16,6 +16,7 @@ from lmjax.sharding import Layout
 from lmjax.step import Loss, abstract_params
 
 _LENGTHS = ("data.examples.length", "phase2.examples.length")
+_MOST_WORKERS = 256  # each is a process with a Python of its own
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Run:
       evaluate_every: steps between scores on the validation split; 0 only at the end.
       evaluate_windows: windows of the split to score while training; 0 is all of them.
       save_every: steps between checkpoints; `keep` newest ones stay.
-      workers: processes that read examples ahead; 0 reads in a thread.
+      workers: processes that read examples ahead, at most 256; 0 reads in a thread.
       skip_batches: spans (a, b) of batches a … b − 1 that no step sees, as after a spike of the
         loss; later ones move up. Batch n is that of step n (from 1) where none are skipped.
       max_skipped: updates in a row that are skipped, for a loss or gradient that is no finite
@@ -94,6 +95,8 @@ class Run:
         for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.workers > _MOST_WORKERS:
+            raise ValueError(f"workers={self.workers}: must be at most {_MOST_WORKERS} processes")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed}: a whole number from 0 up to 2**32 - 1")
         if self.steps >= 1 << 31:

@@ -160,6 +160,7 @@ def test_numbers_must_be_finite(text: str):
         ("evaluate_every", "-1"),
         ("evaluate_windows", "-1"),
         ("workers", "-1"),
+        ("workers", "257"),
         ("seed", "-1"),
         ("seed", str(1 << 32)),
         ("steps", str(1 << 31)),
