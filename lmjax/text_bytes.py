@@ -57,10 +57,24 @@ def read_chunks(path: str, encoding: str) -> Iterator[bytes]:
 
 def _is_utf8(encoding: str) -> bool:
     try:
-        return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig", "ascii")
-    except LookupError:
+        found, fault = codecs.lookup(encoding), "no encoding of text that can be read in pieces"
+    except (LookupError, ValueError):
+        found, fault = None, "unknown"
+    if found is None or not _decodes_text(found):
         near = difflib.get_close_matches(encoding, ["utf-8", "latin-1", "utf-16", "cp1252"], 1, 0)
-        raise ValueError(f"encoding {encoding!r} is unknown; did you mean {near[0]!r}?") from None
+        raise ValueError(f"encoding {encoding!r} is {fault}; did you mean {near[0]!r}?")
+    return found.name in ("utf-8", "utf-8-sig", "ascii")
+
+
+def _decodes_text(codec: codecs.CodecInfo) -> bool:
+    """Whether a codec turns bytes into text, as rot13 and zlib do not, a chunk at a time."""
+    if not codec._is_text_encoding or codec.incrementaldecoder is None:
+        return False
+    try:
+        codec.incrementaldecoder("surrogateescape").decode(b"", True)
+    except UnicodeError:  # idna, punycode, undefined
+        return False
+    return True
 
 
 def _read(path: str, size: int) -> Iterator[bytes]:

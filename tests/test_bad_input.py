@@ -152,6 +152,15 @@ def test_an_unknown_encoding_names_the_nearest(tmp_path: Path):
         read(tmp_path / "a.txt", encoding="latin1x")
 
 
+@pytest.mark.parametrize(
+    "encoding", ["rot13", "hex", "zlib", "base64", "bz2", "uu", "idna", "punycode", "undefined"]
+)
+def test_a_codec_that_is_no_encoding_of_text_is_refused(tmp_path: Path, encoding: str):
+    (tmp_path / "a.txt").write_bytes(b"some text\n")
+    with pytest.raises(ValueError, match=f"'{encoding}' is no encoding of text .* did you mean"):
+        read(tmp_path / "a.txt", encoding=encoding)
+
+
 def test_marks_nul_and_line_ends(tmp_path: Path):
     path, report = tmp_path / "a.txt", Report()
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\r\nth\0ree\rfour\n")
