@@ -45,11 +45,13 @@ def spans(text: str, current: Any = None) -> Spans:
 
 
 def check_spans(skip: Spans) -> None:
-    """Raises ValueError for spans that are empty or overlap."""
+    """Raises ValueError for spans that are empty, overlap, or lie beyond what steps can count."""
     end = 0
     for a, b in sorted(skip):
         if not 1 <= a < b:
             raise ValueError(f"skip_batches={a}:{b}: a span FIRST:END has 1 ≤ FIRST < END")
+        if b >= 1 << 31:
+            raise ValueError(f"skip_batches={a}:{b}: END must be below 2**31")
         if a < end:
             raise ValueError(f"skip_batches={a}:{b} overlaps the span before it")
         end = b

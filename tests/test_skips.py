@@ -142,6 +142,8 @@ def test_spans_are_typed_and_recorded_and_come_back():
         ("4:4", "4:4: a span"),
         ("0:2", "0:2: a span"),
         ("1:3,2:5", "2:5 overlaps"),
+        ("1:2147483648", "1:2147483648: END must be below 2"),
+        ("1:2,3:99999999999999999999", "3:99999999999999999999: END must be below 2"),
     ):
         with pytest.raises(ValueError, match=f"skip_batches={message}"):
             recipe.override(run, [("skip_batches", text)])
