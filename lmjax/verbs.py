@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from lmjax import process_flags, recipe
 from lmjax.verb import (
@@ -159,11 +160,20 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
     run = load_run(arguments, keys)
+    from lmjax.document import redacted
     from lmjax.run import describe
 
-    resolved, summary = recipe.to_json(run), describe(run)
+    def shown(tree: Any) -> Any:
+        """JSON without the secrets in the URLs of its texts."""
+        if isinstance(tree, dict):
+            return {key: shown(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [shown(value) for value in tree]
+        return redacted(tree) if isinstance(tree, str) else tree
+
+    resolved, summary = shown(recipe.to_json(run)), describe(run)
     if not arguments.json:
-        print(about(arguments)["description"] + "\n")
+        print(redacted(about(arguments)["description"]) + "\n")
         for key, value in recipe.flatten(resolved):
             if not key.endswith(("class", "function")):
                 print(f"--{key}={value}")

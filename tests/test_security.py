@@ -139,6 +139,18 @@ def test_what_urls_say_of_people_is_hidden(text: str, shown: str):
     assert redacted(text) == shown
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_describe_hides_what_urls_say_of_people(capsys, flags: list[str]):
+    keys = [
+        "--data.store=gs://u:hunter2@x/y",
+        "--data.corpus=files:https://u:hunter2@h/x?t=hunter2",
+    ]
+    assert main(["describe", DEMO, "--tiny", *keys, *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("gs://***@x/y") == out.count("https://***@h/x?***") == (1 if flags else 2)
+    assert "hunter2" not in out
+
+
 NAMES = ["../../x", "/tmp/x", "a/b", "..", "a.b", "a b", "a\nb", "é", "x" * 101]
 
 
