@@ -157,7 +157,8 @@ class Files:
 
     def documents(self, report: Report) -> Iterator[Document]:
         """The documents of all files, sorted by path. Errors: BadRecord, BadFile, ValueError."""
-        found = find_files(self.glob)
+        found, doubles = _find_files(self.glob)
+        report.note("further paths to a file that is read already, left out", doubles)
         rule = self.document
         if rule == "auto" and len(found) >= MANY_FILES:
             rule = "file"
@@ -174,13 +175,19 @@ def find_files(pattern: str) -> list[tuple[str, str]]:
     """(path, name) of the regular files that a path or glob stands for, sorted by path.
 
     A path that exists is taken literally. The name is the path below the pattern's fixed
-    folder, so that ids do not depend on where the corpus lies. Errors: ValueError where
-    nothing matches, and for folders, pipes and devices.
+    folder, so that ids do not depend on where the corpus lies. Of several paths to one file, by
+    links, the shortest is kept: no text falls into two splits. Errors: ValueError where nothing
+    matches, and for folders, pipes and devices.
     """
+    return _find_files(pattern)[0]
+
+
+def _find_files(pattern: str) -> tuple[list[tuple[str, str]], int]:
+    """What `find_files` returns, and how many further paths to the same files were left out."""
     pattern = os.path.expanduser(pattern)
     if os.path.lexists(pattern):
         _require_file(pattern)
-        return [(pattern, _id_name(os.path.basename(pattern)))]
+        return [(pattern, _id_name(os.path.basename(pattern)))], 0
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", pattern):
         raise ValueError(
             f"{redacted(pattern)}: a URL; only files of this machine are read: download it, or"
@@ -192,9 +199,15 @@ def find_files(pattern: str) -> list[tuple[str, str]]:
     found = sorted({path for path in found if not os.path.isdir(path)})
     if not found:
         raise ValueError(_nothing_found(pattern, folder, rest))
-    for path in found:
+    kept: dict[str, str] = {}
+    for path in sorted(found, key=lambda path: (len(path), path)):
+        kept.setdefault(os.path.realpath(path), path)
+    for path in kept.values():
         _require_file(path)
-    return [(path, _id_name(os.path.relpath(path, folder or "."))) for path in found]
+    names = [
+        (path, _id_name(os.path.relpath(path, folder or "."))) for path in sorted(kept.values())
+    ]
+    return names, len(found) - len(kept)
 
 
 def _fixed_folder(pattern: str) -> str:

@@ -136,6 +136,20 @@ def test_ids_do_not_depend_on_where_the_corpus_lies(tmp_path: Path, monkeypatch)
     assert Files("books/**/*.txt").sources() == [("b.txt", 2), ("x/a.txt", 2)]
 
 
+def test_a_file_that_links_name_many_times_is_read_once(tmp_path: Path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "loop").symlink_to(tmp_path / "x")
+    (tmp_path / "x" / "a.txt").write_bytes(b"a\n")
+    (tmp_path / "x" / "a-again.txt").symlink_to("a.txt")
+    (tmp_path / "x" / "copy.txt").write_bytes(b"a\n")
+    corpus, report = Files(f"{tmp_path}/**/*.txt"), Report()
+    documents = list(corpus.documents(report))
+    assert [d.id for d in documents] == ["x/a.txt:1", "x/copy.txt:1"]
+    assert corpus.sources() == [("x/a.txt", 2), ("x/copy.txt", 2)]
+    (line,) = [line for line in report.lines() if line.startswith("further paths to a file")]
+    assert int(line.rpartition(" ")[2]) > 2
+
+
 def test_split_of_is_by_hash_and_keeps_parts_together():
     names = [f"doc{i}" for i in range(4000)]
     found = [split_of(name, 0.1, 0.2) for name in names]
