@@ -47,7 +47,7 @@ def read_chunks(path: str, encoding: str) -> Iterator[bytes]:
     A byte that `encoding` lacks becomes a lone surrogate, which is no UTF-8 either. Errors:
     BadFile for damaged archives and for what is not text at all; ValueError for the encoding.
     """
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         _check_gzip(path, *_stamp(path))
         raw = _gunzip(path)
     else:

@@ -60,7 +60,7 @@ class TextFile:
             if os.path.getsize(self.path) == 0:
                 report.drop("empty file", visible(self.path))
                 return
-            stem = self.path.removesuffix(".gz")
+            stem = self.path.lower().removesuffix(".gz")
             if stem.endswith(".parquet"):
                 yield from _parquet_documents(self, report)
             elif stem.endswith(JSON_SUFFIXES):
@@ -271,6 +271,8 @@ def _parquet_documents(file: TextFile, report: Report) -> Iterator[Document]:
             if file.field not in names:
                 near = nearest(file.field, names)
                 raise BadFile(file.path, f"no column {file.field!r}; the nearest is {near!r}")
+            if names.count(file.field) > 1:
+                raise BadFile(file.path, f"the column {file.field!r} occurs twice")
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[file.field]):
                 # As bytes: Arrow does not check that its strings are UTF-8, and we do.

@@ -94,6 +94,28 @@ def test_formats_and_gzip_give_the_same_documents(tmp_path: Path):
         assert read(tmp_path / name) == expected
 
 
+def test_names_in_capitals_are_of_the_same_formats(tmp_path: Path):
+    line = json.dumps({"text": "one"}).encode() + b"\n"
+    (tmp_path / "A.JSONL").write_bytes(line)
+    (tmp_path / "A.Json").write_bytes(line)
+    (tmp_path / "A.NDJSON.GZ").write_bytes(gzip.compress(line))
+    (tmp_path / "A.TXT.Gz").write_bytes(gzip.compress(b"one\n"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "A.PARQUET")
+    for path in tmp_path.iterdir():
+        assert read(path) == {f"{path.name}:1": b"one"}
+
+
+def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    twice = pyarrow.table([["a"], ["b"], [1], [2]], names=["text", "text", "n", "n"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(BadFile, match="a.parquet: the column 'text' occurs twice"):
+        read(path)
+    assert read(path, on_bad="skip") == {}
+    pyarrow.parquet.write_table(twice.select([1, 2, 3]), path)
+    assert read(path) == {"a.parquet:1": b"b"}
+
+
 def test_parquet_columns_are_checked(tmp_path: Path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"body": ["a", None, "c"], "n": [1, 2, 3]})
