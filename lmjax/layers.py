@@ -4,6 +4,7 @@
 Shapes: B batch, L length, D width, V vocabulary; N layers and one.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +20,9 @@ from lmjax import cpu, sharding
 Batch = Mapping[str, jax.Array]
 Activation = Literal["gelu_tanh", "gelu_erf", "relu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+_LARGEST = 2**31 - 1  # what the compiler counts a dimension with
+_DEEPEST = 10_000
 
 
 @flax.struct.dataclass
@@ -67,16 +71,32 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
 
 
 def check_sizes(model: Any, *names: str) -> None:
-    """Raises ValueError for sizes (and `names`) below 1, rates outside [0, 1), and heads that do
-    not divide the width."""
+    """Raises ValueError for sizes (and `names`) below 1, rates outside [0, 1), heads that do not
+    divide the width, and what `check_ranges` refuses."""
     for name in ("vocab", "context", "depth", "width", "heads", *names):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
+    check_ranges(model)
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}: a rate from 0 up to 1")
     if model.width % model.heads:
         raise ValueError(f"model.width={model.width} is not a multiple of heads={model.heads}")
+
+
+def check_ranges(model: Any) -> None:
+    """Raises ValueError for whole numbers and deviations of a model below 0, sizes that no array
+    has, and depths that no compiler ends with."""
+    for field in dataclasses.fields(model):
+        name, value = field.name, getattr(model, field.name)
+        if type(value) is int:
+            most = _DEEPEST if name.endswith(("depth", "highways")) else _LARGEST
+            if value > most:
+                raise ValueError(f"model.{name}={value}: must be at most {most:,}")
+        elif not (type(value) is float and name.endswith(("_std", "epsilon"))):
+            continue
+        if value < 0:
+            raise ValueError(f"model.{name}={value}: must be 0 or more")
 
 
 def padded(rows: int, multiple: int = 128) -> int:

@@ -351,6 +351,10 @@ def test_a_linen_module_is_overridden_like_a_dataclass():
 @pytest.mark.parametrize(
     "key, text",
     [
+        *((f"model.{name}", str(1 << 31)) for name in ("vocab", "context", "width", "heads")),
+        *(("model.depth", text) for text in ("10001", "1000000000000000000")),
+        ("model.position_std", "-1.0"),
+        ("model.unroll", "-1"),
         *((f"model.{name}", "0") for name in ("vocab", "context", "depth", "width", "heads")),
         ("model.depth", "-1"),
         ("model.dropout", "1.5"),
@@ -362,4 +366,22 @@ def test_a_linen_module_is_overridden_like_a_dataclass():
 def test_impossible_values_are_refused_by_their_key(key: str, text: str):
     run = recipe.load("experiments/demo.py", tiny=True)
     with pytest.raises(ValueError, match=rf"^{key}={'.' if text == '(' else text}"):
+        recipe.override(run, [(key, text)])
+
+
+@pytest.mark.parametrize(
+    "file, key, text",
+    [
+        ("bert_base", "model.inner", "-1"),
+        ("bert_base", "model.epsilon", "-1.0"),
+        ("albert_base", "model.embedding_width", str(1 << 31)),
+        ("electra_small", "model.generator_depth", "10001"),
+        ("elmo", "model.cells", str(1 << 31)),
+        ("elmo", "model.highways", "10001"),
+        ("elmo", "model.negatives", "-1"),
+    ],
+)
+def test_impossible_sizes_of_other_models_are_refused_by_their_key(file: str, key: str, text: str):
+    run = recipe.load(f"experiments/{file}.py", tiny=True)
+    with pytest.raises(ValueError, match=rf"^{key}={text}: must be "):
         recipe.override(run, [(key, text)])

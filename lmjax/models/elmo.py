@@ -15,7 +15,17 @@ import jax.numpy as jnp
 
 from lmjax import sampled, sharding
 from lmjax.characters import CharacterEncoder
-from lmjax.layers import Batch, Dtype, Outputs, Readout, compute_dtype, embed, padded, padded_normal
+from lmjax.layers import (
+    Batch,
+    Dtype,
+    Outputs,
+    Readout,
+    check_ranges,
+    compute_dtype,
+    embed,
+    padded,
+    padded_normal,
+)
 from lmjax.recurrent import ProjectedLSTM
 from lmjax.sparse import Drawn
 
@@ -211,7 +221,8 @@ def _check(model: ELMo) -> None:
     for name in ("vocab", "depth", "cells", "width", "embedding"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
-    for name in ("highways", "cell_clip", "projection_clip", "negatives", "distinct"):
+    check_ranges(model)
+    for name in ("cell_clip", "projection_clip", "distinct"):
         if getattr(model, name) < 0:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be 0 or more")
     if not 0 <= model.dropout < 1:
