@@ -21,8 +21,8 @@ Batch = Mapping[str, jax.Array]
 Activation = Literal["gelu_tanh", "gelu_erf", "relu"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
-_LARGEST = 2**31 - 1  # what the compiler counts a dimension with
-_DEEPEST = 10_000
+# Beyond these the compiler's counts of elements overflow, and it aborts.
+_MOST_ROWS, _WIDEST, _DEEPEST = 1 << 30, 1 << 20, 10_000
 
 
 @flax.struct.dataclass
@@ -90,8 +90,8 @@ def check_ranges(model: Any) -> None:
     for field in dataclasses.fields(model):
         name, value = field.name, getattr(model, field.name)
         if type(value) is int:
-            most = _DEEPEST if name.endswith(("depth", "highways")) else _LARGEST
-            if value > most:
+            rows = _MOST_ROWS if name in ("vocab", "context") else _WIDEST
+            if value > (most := _DEEPEST if name.endswith(("depth", "highways")) else rows):
                 raise ValueError(f"model.{name}={value}: must be at most {most:,}")
         elif not (type(value) is float and name.endswith(("_std", "epsilon"))):
             continue
