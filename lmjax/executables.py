@@ -10,7 +10,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ from lmjax.recipe import difference, dump, flatten
 About = dict[str, Any]
 _LIBRARIES = ("jax", "jaxlib", "libtpu")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64")
+# Of libtpu: larger stacks for the compiler, which no program depends on; and what JAX asks for
+# wherever it finds a TPU. `plan` gives both, so that what it compiles is what a TPU would run.
+TPU_FLAGS = (
+    "--fibers_default_thread_stack_size=4194304",
+    "--xla_tpu_use_enhanced_launch_barrier=true",
+)
+_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 def here(devices: Sequence[Any]) -> About:
@@ -35,8 +43,18 @@ def here(devices: Sequence[Any]) -> About:
             "order": [[d.id, *getattr(d, "coords", ())] for d in devices],
         },
         "source": source(),
-        "flags": {name: os.environ.get(name, "") for name in _FLAGS},
+        "flags": {name: _flags(name) for name in _FLAGS},
     }
+
+
+def _flags(name: str) -> str:
+    """What the user set, but for TPU_FLAGS and stacks of any size."""
+    text = os.environ.get(name, "")
+    if name != "LIBTPU_INIT_ARGS":
+        return text
+    stacks = TPU_FLAGS[0].partition("=")[0]
+    kept = (flag for flag in text.split() if flag not in TPU_FLAGS)
+    return " ".join(flag for flag in kept if flag.partition("=")[0] != stacks)
 
 
 def prepare(folder: Path) -> None:
@@ -59,12 +77,21 @@ def save(program: Any, folder: Path, about: About) -> Path:
     prepare(folder)
     content, _, out_tree = serialize_executable.serialize(program)
     metrics = jax.tree.unflatten(out_tree, range(out_tree.num_leaves))[1]
-    found = hashlib.sha256(content).hexdigest()
-    manifest = {"about": about, "metrics": sorted(metrics), "sha256": found}
-    name = hashlib.sha256(dump(about).encode()).hexdigest()[:16]
-    write_whole(folder / f"{name}.step", content)
-    write_whole(folder / f"{name}.json", json.dumps(manifest, indent=1).encode())
-    return folder / f"{name}.step"
+    names = sorted(metrics)
+    manifest = {"about": about, "metrics": names, "sha256": _seal(content, names)}
+    path = folder / f"{_name(about)}.step"
+    write_whole(path, content)
+    write_whole(path.with_suffix(".json"), json.dumps(manifest, indent=1).encode())
+    return path
+
+
+def _name(about: About) -> str:
+    return hashlib.sha256(dump(about).encode()).hexdigest()[:16]
+
+
+def _seal(content: bytes, metrics: Any) -> str:
+    """Of all that a step is put together from."""
+    return hashlib.sha256(content + dump(metrics).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -83,32 +110,55 @@ def load(folder: Path, about: About, state: Any, batch: Any, devices: Sequence[A
     try:
         if reason := not_private(folder):
             return reason
-        found = [(*_apart(manifest["about"], about), manifest, path)
-                 for path, manifest in _manifests(folder)]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        manifests = _manifests(folder)
+    except OSError as error:
         return f"{folder} cannot be read ({error})"
+    damaged = [path for path, manifest in manifests.items() if manifest is None]
+    found = [(*_apart(manifest["about"], about), path)
+             for path, manifest in manifests.items() if manifest]  # fmt: skip
+    mine = folder / f"{_name(about)}.json"
+    if mine in damaged or (damaged and not found):
+        return f"{mine if mine in damaged else damaged[0]} is damaged"
     if not found:
         return f"{folder} holds no compiled step"
-    apart, reason, manifest, path = min(found, key=lambda one: one[0])
+    apart, reason, path = min(found, key=lambda one: one[0])
     if apart:
         return f"{path.with_suffix('.step')} is of {reason}"
-    content = path.with_suffix(".step").read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        return f"{path.with_suffix('.step')} is damaged"
-    given = jax.tree.structure(((state, batch), {}))
-    result = jax.tree.structure((state, dict.fromkeys(manifest["metrics"], 0)))
+    return _whole(path.with_suffix(".step"), manifests[path], (state, batch), devices)
+
+
+def _whole(path: Path, manifest: Any, given: Any, devices: Sequence[Any]) -> Any:
+    """As `load`, of the one step that agrees."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return f"{path} is damaged ({error.strerror})"
+    if _seal(content, manifest["metrics"]) != manifest["sha256"]:
+        return f"{path} is damaged"
+    result = jax.tree.structure((given[0], dict.fromkeys(manifest["metrics"], 0)))
+    given = jax.tree.structure((given, {}))
     try:
         return serialize_executable.deserialize_and_load(
             content, given, result, devices[0].client, devices
         )
     except Exception as error:  # of XLA: no class of its own
         first = str(error).strip().split("\n")[0]
-        return f"{path.with_suffix('.step')} cannot be loaded ({first})"
+        return f"{path} cannot be loaded ({first})"
 
 
-def _manifests(folder: Path) -> Iterator[tuple[Path, Any]]:
-    for path in sorted(folder.glob("*.json")):
-        yield path, json.loads(path.read_text("utf-8"))
+def _manifests(folder: Path) -> dict[Path, About | None]:
+    """Those in the folder, None for one that cannot be read. Files of other names are not ours."""
+    return {p: _manifest(p) for p in sorted(folder.glob("*.json")) if _NAME.fullmatch(p.stem)}
+
+
+def _manifest(path: Path) -> About | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        about, names, _ = (found[key] for key in ("about", "metrics", "sha256"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = isinstance(about, dict) and isinstance(names, list)
+    return found if whole and all(isinstance(name, str) for name in names) else None
 
 
 def _apart(theirs: About, mine: About) -> tuple[int, str]:

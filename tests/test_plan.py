@@ -2,6 +2,7 @@
 """`plan`: what it reads out of a program, what it makes of that, and what it prints."""
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -289,6 +290,16 @@ def test_the_command_prints_an_object_a_topology_last(tmp_path):
         ("v5e:4", "CHIP:SHAPE is needed"),
         ("v6:2x2", "no chip 'v6'; one of v4, .* did you mean 'v6e'"),
         ("v5e:0x2", "sizes are at least 1"),
+        ("v5e:4x4x4", "v5e has two dimensions, each at most 16, such as v5e:4x4"),
+        ("v6e:8x8x8", "v6e has two dimensions, each at most 16"),
+        ("v6e:32x32", "v6e has two dimensions, each at most 16"),
+        ("v5e:16x32", "v5e has two dimensions, each at most 16"),
+        ("v5p:4x4", "v5p has three dimensions, and at most 8,960 chips, such as v5p:4x4x4"),
+        ("v4:16x16x20", "v4 has three dimensions, and at most 4,096 chips"),
+        ("v5e:3x5", "v5e comes as 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16$"),
+        ("v5e:1x8", "v5e comes as 1x1, 2x2"),
+        ("v5p:2x2x3", "v5p comes as 1x1x1, 2x2x1, .*, and multiples of 4 such as 4x4x8"),
+        ("tpu7x:1x2x2", "tpu7x comes as 1x1x1, 2x2x1"),
     ],
 )
 def test_a_bad_topology_is_refused_before_anything_is_compiled(topology, message):
@@ -297,12 +308,33 @@ def test_a_bad_topology_is_refused_before_anything_is_compiled(topology, message
 
 
 @needs_compiler
-def test_a_shape_that_no_pod_has_and_a_mesh_that_does_not_fit_are_refused():
-    with pytest.raises(ValueError, match="--topology=v5e:3x5: the compiler has none"):
-        chips.devices("v5e:3x5")
-    with pytest.raises(
-        ValueError, match="mesh data=3 × .*tensor=1 × sequence=1 does not fit 4 devices"
-    ):
-        plan(replace(tiny(), mesh=Layout(3, 1, 1)), "v5e:2x2", say=quiet)
+@pytest.mark.parametrize(
+    "topology",
+    """v4:1x1x1 v4:2x2x1 v4:2x2x4 v4:12x16x16 v5e:1x1 v5e:2x2 v5e:2x4 v5e:4x2 v5e:4x8 v5e:8x16
+    v5e:16x16 v5p:2x2x1 v5p:2x2x2 v5p:2x4x4 v5p:4x4x12 v5p:16x16x24 v6e:1x1 v6e:8x8 v6e:16x16
+    tpu7x:1x1x1 tpu7x:2x2x1 tpu7x:4x8x8""".split(),
+)
+def test_the_compiler_has_every_slice_that_is_let_through(topology):
+    chip, shape = chips.split_name(topology)
+    assert len(chips.devices(topology)) == math.prod(shape) * chip.devices
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (Layout(3), "mesh data=3×fsdp=1×tensor=1×sequence=1 does not fit 4 devices: the product"),
+        (Layout(-1, -1), r"mesh \[-1, -1, 1, 1\]: sizes are at least 1, and one of them may be -1"),
+        (Layout(1, -2), "sizes are at least 1"),
+        (Layout(-1, 0), "sizes are at least 1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_in_the_words_of_train(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        plan(replace(tiny(), mesh=mesh), "v5e:2x2", say=quiet)
+
+
+@needs_compiler
+def test_a_batch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="batch=6 cannot be split over 4 devices"):
         plan(replace(tiny(), batch=6), "v5e:2x2", say=quiet)

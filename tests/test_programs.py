@@ -291,17 +291,13 @@ def test_a_step_is_loaded_only_where_everything_agrees(saved, tmp_path):
     assert "cannot be read" in refusal(run, tmp_path / "absent")
 
 
-def test_a_step_is_loaded_only_from_a_private_folder_and_whole(saved, monkeypatch, capsys):
+def test_a_step_is_loaded_only_from_a_private_folder_and_whole(saved, monkeypatch):
     run, folder = saved
     folder.chmod(0o750)
     try:
         assert "is open to other users (mode 750): chmod 700 it" in refusal(run, folder)
         with pytest.raises(ValueError, match="is open to other users"):
             executables.save(None, folder, {})
-        # `plan` says so before it compiles anything.
-        save = f"--save={folder}"
-        assert main(("plan", str(ROOT / DEMO), "--tiny", "--topology=v5e:1x1", save)) == 2
-        assert "is open to other users" in capsys.readouterr().err
     finally:
         folder.chmod(0o700)
     with monkeypatch.context() as patch:
@@ -316,9 +312,37 @@ def test_a_step_is_loaded_only_from_a_private_folder_and_whole(saved, monkeypatc
     (manifest,) = folder.glob("*.json")
     words = manifest.read_text("utf-8")
     manifest.write_text("{", "utf-8")
-    assert "cannot be read" in refusal(run, folder)
+    assert refusal(run, folder).endswith(".json is damaged")
     manifest.write_text(words, "utf-8")
     assert refusal(run, folder) == ""
+
+
+PLAN = ("plan", str(ROOT / DEMO), "--tiny")
+
+
+@needs_compiler
+def test_plan_finds_what_is_wrong_before_it_makes_the_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, flags in {
+        "v5e has two dimensions": ("--topology=v5e:1x1,v5e:4x4x4",),
+        "mesh data=3×.* does not fit 1 devices": ("--topology=v5e:1x1", "--mesh.data=3"),
+        "batch=3 cannot be split over 4 devices": ("--topology=v5e:2x2", "--batch=3"),
+        "without --search": ("--topology=v5e:1x1", "--search"),
+    }.items():
+        assert main((*PLAN, *flags, "--save=new")) == 2
+        assert re.search(words, capsys.readouterr().err), words
+        assert not list(tmp_path.iterdir())
+    Path("open").mkdir(mode=0o750)
+    assert main((*PLAN, "--topology=v5e:1x1", "--save=open")) == 2
+    assert "is open to other users" in capsys.readouterr().err
+
+
+def test_plan_saves_into_a_folder_of_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for typed, words in (("gs://bucket/x", "mount the bucket"), ("", "name a folder")):
+        assert main((*PLAN, "--topology=v5e:1x1", f"--save={typed}")) == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @needs_compiler

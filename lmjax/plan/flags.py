@@ -34,8 +34,10 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
       ValueError: a flag, or what `plan` and `search` raise; before anything is compiled where it
         can be.
     """
+    from lmjax.data import local_folder
     from lmjax.executables import prepare
-    from lmjax.plan.chips import devices
+    from lmjax.plan.chips import split_name
+    from lmjax.plan.plan import check
 
     names = [name for group in flags.topology for name in group.split(",") if name]
     topologies = list(dict.fromkeys(names))
@@ -49,20 +51,26 @@ def plan_by_flags(run: Any, flags: argparse.Namespace) -> None:
         raise ValueError(f"--compile={flags.compile}: must be at least 1")
     if flags.quick and flags.search:
         raise ValueError("--quick: --search looks for no largest batch; leave one of the two out")
-    if flags.save and flags.search:
+    folder = None if flags.save is None else local_folder("save", flags.save)
+    if folder and flags.search:
         raise ValueError("--save writes the steps of one mesh: choose it first, without --search")
-    if flags.save:
-        prepare(Path(flags.save))
     for topology in topologies:
-        devices(topology)
-    (_search if flags.search else _plan)(run, topologies, flags)
+        split_name(topology)
+    for topology in topologies:
+        check(run, topology, any_mesh=flags.search)
+    if folder:
+        prepare(folder)
+    if flags.search:
+        _search(run, topologies, flags)
+    else:
+        _plan(run, topologies, flags, folder)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _plan(run: Any, topologies: list[str], flags: argparse.Namespace) -> None:
+def _plan(run: Any, topologies: list[str], flags: argparse.Namespace, folder: Path | None) -> None:
     from lmjax.plan.plan import plan
     from lmjax.plan.program import save
     from lmjax.plan.table import table
@@ -74,9 +82,9 @@ def _plan(run: Any, topologies: list[str], flags: argparse.Namespace) -> None:
             print(json.dumps(results[-1]), flush=True)
     if not flags.json:
         print(table(results))
-    if flags.save:
+    if folder:
         for topology in topologies:
-            for path in save(run, topology, Path(flags.save), _say):
+            for path in save(run, topology, folder, _say):
                 _say(f"saved {path}, for {topology}")
 
 

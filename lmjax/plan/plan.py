@@ -21,6 +21,21 @@ from lmjax.sharding import Layout
 Result = dict[str, Any]
 
 
+def check(run: Run, topology: str, any_mesh: bool = False) -> None:
+    """Whether a run can be planned for a topology; at once, before anything is compiled.
+
+    Args:
+      any_mesh: whatever mesh the run names, another will be looked for.
+
+    Raises:
+      ValueError: the topology, or a mesh or batch that it cannot have.
+    """
+    devices = chips.devices(topology)
+    if not any_mesh:
+        with sharding.use(run.mesh.mesh(devices)):
+            run.check()
+
+
 def plan(
     run: Run, topology: str, price: float | None = None, largest: bool = True, say: Say = print
 ) -> Result:
@@ -35,8 +50,9 @@ def plan(
       ValueError: the topology, or a mesh or batch that it cannot have.
     """
     chip, torus = chips.split_name(topology)
+    check(run, topology)
     count = len(chips.devices(topology))
-    on_it = replace(run, mesh=_whole(run.mesh, count))
+    on_it = replace(run, mesh=Layout(*run.mesh.sizes(count)))
     phases = [_phase(on_it, topology, phase, say) for phase in range(len(run.makers()))]
     first = phases[0]
     result = {
@@ -57,15 +73,6 @@ def plan(
     if largest:
         result |= _largest(on_it, topology, first, chip.memory, say)
     return result | _cost(run, phases, math.prod(torus), chip.price if price is None else price)
-
-
-def _whole(layout: Layout, count: int) -> Layout:
-    """The mesh with its -1 put in numbers. Errors: ValueError where it does not fit `count`."""
-    sizes = layout.sizes(count)
-    if math.prod(sizes) != count:
-        named = " × ".join(f"{a}={n}" for a, n in zip(sharding.AXES, sizes, strict=True))
-        raise ValueError(f"mesh {named} does not fit {count} devices; choose other --mesh keys")
-    return Layout(*sizes)
 
 
 def _phase(run: Run, topology: str, phase: int, say: Say) -> Result:
