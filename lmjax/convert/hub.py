@@ -211,7 +211,7 @@ def appearing(folder: Path | str) -> Iterator[Path]:
     What a killed process left unfinished there is removed.
 
     Raises:
-      ValueError: something is there already.
+      ValueError: something is there already, or it cannot be written, as on a full disk.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -225,8 +225,13 @@ def appearing(folder: Path | str) -> Iterator[Path]:
         fcntl.flock(handle, fcntl.LOCK_EX)  # whoever can have it knows that we are dead
         yield temporary
         temporary.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (SafetensorError, OSError)):
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"{folder} cannot be written ({reason}); nothing is left there"
+            ) from error
         raise
     finally:
         os.close(handle)
@@ -273,10 +278,15 @@ def fill(
 
 
 def check_equal(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises ValueError unless what was written gives the same arrays, bit for bit."""
+    """Raises ValueError unless what was written gives the same arrays, bit for bit, all finite."""
     for name, values in wanted.items():
         again = found.get(name)
         if again is None or not np.array_equal(values, again, equal_nan=True):
             raise ValueError(
                 f"{folder}: the files that were written do not give the model's {name}"
             )
+    if bad := [name for name, values in wanted.items() if not np.isfinite(values).all()]:
+        raise ValueError(
+            f"the model's {', '.join(bad)} are not finite (NaN or infinite): it diverged, and is"
+            " not exported"
+        )
