@@ -302,7 +302,16 @@ def defaults(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def dump(tree: Any) -> str:
-    """JSON text as every file of a run directory writes it."""
-    text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    """JSON text as every file of a run directory writes it; a NaN is "NaN", as in metrics.jsonl."""
+    text = json.dumps(_strict(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # Names of files that are no UTF-8 hold lone surrogates, which no file can, but an escape.
     return re.sub("[\ud800-\udfff]", lambda lone: ascii(lone[0])[1:-1], text)
+
+
+def _strict(tree: Any) -> Any:
+    """Numbers that are not finite as texts: JSON has no words for them."""
+    if isinstance(tree, dict):
+        return {key: _strict(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_strict(value) for value in tree]
+    return json.dumps(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -268,6 +268,19 @@ def test_the_batch_changes_no_score_of_an_encoder(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
+def test_a_loss_that_is_not_finite_is_written_as_json(run, prepared, tmp_path, monkeypatch):
+    def diverged(self, params):
+        return {"loss": math.nan, "loss_weight": 9.0, "accuracy": 0.0, "accuracy_weight": 9.0}
+
+    monkeypatch.setattr("lmjax.evaluate.load_params", lambda workdir, wanted: (3, PARAMS))
+    monkeypatch.setattr(Evaluator, "__call__", diverged)
+    stored = replace(run, data=replace(run.data, store=str(prepared.store.directory)))
+    evaluate(stored, tmp_path)
+    text = (tmp_path / "evaluation-test.json").read_text("utf-8")
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (found["loss"], found["perplexity"], found["bits_per_byte"]) == ("NaN",) * 3
+
+
 # --- nothing to score -----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 """Recipes are overridden by typed keys, recorded as JSON, read back and compared."""
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -250,6 +251,12 @@ def test_wiring_of_linen_modules_is_no_key():
 
 
 # --- recording ------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_finite_are_words():
+    tree = {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf, 3: None}}
+    words = {"a": ["NaN", ["Infinity", 1.5]], "b": {"c": "-Infinity", "3": None}}
+    assert json.loads(recipe.dump(tree), parse_constant=pytest.fail) == words
 
 
 def test_json_holds_values_and_class_names_only():

@@ -2,6 +2,7 @@
 """What report.html promises: whole, escaped, self-contained, the same for the same run."""
 
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from lmjax.charts import chart, smoothed, thin
+from lmjax.recipe import dump
 from lmjax.report import write_report
 
 EVALUATION = {
@@ -203,6 +205,13 @@ def test_scores_that_are_not_defined_are_dashes(tmp_path):
     (tmp_path / "evaluation-test.json").write_text(json.dumps(EVALUATION | undefined))
     page = write_report(tmp_path).read_text("utf-8")
     assert "<td>–</td>" in page and "null" not in page and '<table class="bars">' not in page
+
+
+def test_scores_that_are_not_finite_are_shown(tmp_path):
+    scores = {key: math.nan for key in EVALUATION if key != "baselines"} | {"perplexity": math.inf}
+    (tmp_path / "evaluation-test.json").write_text(dump(EVALUATION | scores))
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "<td>NaN</td>" in page and "<td>Infinity</td>" in page
 
 
 def test_one_step_and_a_diverged_run_are_drawn(tmp_path):
