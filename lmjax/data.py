@@ -36,7 +36,7 @@ from lmjax.store import (
     is_occupied,
     open_store,
 )
-from lmjax.text import Corpus, corpus_from_string
+from lmjax.text import Corpus, changed_source, corpus_from_string, steady
 from lmjax.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from lmjax.units import Units
 
@@ -156,7 +156,7 @@ class Data:
             report = Report()
             fill_store(
                 unfinished,
-                plan.divide(self.documents(report)),
+                steady(plan.divide(self.documents(report)), self.corpus, sources),
                 load_tokenizer(unfinished / TOKENIZER),
                 spec,
                 lambda document: document.split or "train",
@@ -168,20 +168,16 @@ class Data:
             )
 
     def _check_sources(self, store: Store, say: Callable[[str], Any]) -> None:
-        built = {name: size for name, size in store.manifest["sources"]}
         try:
-            now = dict(self.corpus.sources())
+            now = self.corpus.sources()
         except (ValueError, OSError) as error:
             say(f"the corpus cannot be read any more ({error}); using its sealed store")
             return
-        for name in [*built, *now]:
-            old, new = built.get(name), now.get(name)
-            if old != new:
-                raise ValueError(
-                    f"the corpus changed since {store.directory} was built:"
-                    f" {name} ({_size(old)} -> {_size(new)}). Delete that folder to rebuild it,"
-                    " or name another with --data.store"
-                )
+        if changed := changed_source(store.manifest["sources"], now):
+            raise ValueError(
+                f"the corpus changed since {store.directory} was built: {changed}. Delete that"
+                " folder to rebuild it, or name another with --data.store"
+            )
 
 
 def local_folder(key: str, text: str | Path) -> Path:
@@ -230,8 +226,8 @@ def hold_out(
     if not is_occupied(folder):
         report = Report()
         build_store(
-            folder, corpus.documents(report), tokenizer, spec, lambda _: "test", progress,
-            units=units, report=report, sources=sources,
+            folder, steady(corpus.documents(report), corpus, sources), tokenizer, spec,
+            lambda _: "test", progress, units=units, report=report, sources=sources,
         )  # fmt: skip
     return open_prepared(folder, spec)
 
@@ -385,7 +381,3 @@ def _described(value: Any) -> dict[str, Any]:
 def _units_spec(units: Units | None) -> dict[str, Any]:
     # A store without units is described as before there were any.
     return {} if units is None else {"units": units.spec()}
-
-
-def _size(size: int | None) -> str:
-    return "absent" if size is None else f"{size:,} bytes"

@@ -11,7 +11,7 @@ import platform
 import re
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,8 +39,10 @@ __all__ = [
     "Files",
     "Report",
     "TFDS",
+    "changed_source",
     "corpus_from_string",
     "split_of",
+    "steady",
 ]
 
 MANY_FILES = 10
@@ -61,6 +63,28 @@ class Corpus(Protocol):
     def sources(self) -> list[tuple[str, int]]:
         """(name, bytes) of what the corpus is made of; cheap, to notice a changed source."""
         ...
+
+
+def changed_source(old: Iterable[Iterable[Any]], new: Iterable[Iterable[Any]]) -> str:
+    """The first of some (name, bytes) that is another than it was, in words; "" for none."""
+    before, now = dict(map(tuple, old)), dict(map(tuple, new))
+    for name in [*before, *now]:
+        if before.get(name) != now.get(name):
+            sizes = (f"{s[name]:,} bytes" if name in s else "absent" for s in (before, now))
+            return f"{name} ({' -> '.join(sizes)})"
+    return ""
+
+
+def steady(
+    documents: Iterator[Document], corpus: Corpus, sources: list[tuple[str, int]]
+) -> Iterator[Document]:
+    """The documents; ValueError after the last if the corpus is no more what `sources` says."""
+    yield from documents
+    if changed := changed_source(sources, corpus.sources()):
+        raise ValueError(
+            f"the corpus changed while it was read: {changed}; start again when nothing writes to"
+            " it any more"
+        )
 
 
 @dataclass(frozen=True)

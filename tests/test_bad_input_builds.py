@@ -6,9 +6,11 @@ import ast
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,9 +18,16 @@ from commands import DEMO, ROOT
 
 from lmjax.__main__ import main
 from lmjax.batches import Plan, host_batches
-from lmjax.data import Data
-from lmjax.text import BadRecord, Files, Report
-from lmjax.tokenizer import ByteBPE, Characters, SentencePiece, Vocabulary, WordPiece
+from lmjax.data import Data, hold_out
+from lmjax.text import BadRecord, Document, Files, Report
+from lmjax.tokenizer import (
+    ByteBPE,
+    Characters,
+    SentencePiece,
+    Vocabulary,
+    WordPiece,
+    load_tokenizer,
+)
 from lmjax.units import Units
 
 # --- control ids come from the packer only --------------------------------------------------------
@@ -161,6 +170,48 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "a.txt").write_text("")
     assert "no text to train on: 0 documents, 0 bytes" in refused(capsys, tmp_path / "a.txt")
+
+
+# --- a corpus that changes while it is read -------------------------------------------------------
+
+
+LINE = "a line of text.\n"
+
+
+@dataclass(frozen=True)
+class Unsteady(Files):
+    """Two files, of which the second has another number of lines when it is read once more."""
+
+    lines: int = 0
+    left: ClassVar[list[str]] = []  # passes over the corpus before that one
+
+    def documents(self, report: Report) -> Iterator[Document]:
+        change = not self.left
+        del self.left[:1]
+        for number, document in enumerate(super().documents(report)):
+            if change and number == 5:
+                Path(self.glob).with_name("b.txt").write_text(LINE * self.lines)
+            yield document
+
+
+@pytest.mark.parametrize("lines", [5, 20])
+def test_a_corpus_that_changes_while_it_is_read_is_refused(lines: int, tmp_path: Path):
+    def unsteady(passes: int) -> Unsteady:
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text(LINE * 10)
+        Unsteady.left[:] = ["pass"] * passes
+        return Unsteady(str(tmp_path / "*.txt"), document="line", lines=lines)
+
+    wanted = rf"changed while it was read: b.txt \(160 bytes -> {16 * lines} bytes\)"
+    for passes in range(3):  # of the survey, the tokenizer, the store
+        data = Data(unsteady(passes), Characters(), None, 0, 0)
+        with pytest.raises(ValueError, match=wanted):
+            data.prepare(tmp_path / "run", say=lambda line: None)
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {".data.lock"}
+    Characters().build(iter([LINE.encode()]), tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=wanted):
+        hold_out(unsteady(0), load_tokenizer(tmp_path / "tokenizer"), tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
 
 
 # --- loaders that fail ----------------------------------------------------------------------------
