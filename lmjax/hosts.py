@@ -1,49 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes as one run: who they are, by the environment or by three settings.
 
-Before JAX connects them they call the roll over the coordinator's port, because JAX ends a process
-that waits in vain without a word on who was missing.
+Before JAX connects them they call the roll, because JAX ends a process that waits in vain without a
+word on who was missing.
 """
 
-import contextlib
 import glob
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from lmjax.roll import SETTINGS, TIMEOUT, Place, call_the_roll, is_local
 from lmjax.watch import SILENCE, Sentinel
 
 _PORT = 8476
-_SETTINGS = ("LMJAX_COORDINATOR", "LMJAX_PROCESSES", "LMJAX_PROCESS")
 FLAGS = ("--coordinator", "--processes", "--process")  # the settings as flags, in their order
-_TIMEOUT = "LMJAX_JOIN_SECONDS"
-_RETRY = 0.2
 _HEARTBEAT = 30  # seconds of silence after which a process is taken for dead, and all end
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process among `count`; process 0 listens at `address`, a host and a port."""
-
-    address: str
-    count: int
-    index: int
-
-    def __post_init__(self) -> None:
-        host, colon, port = self.address.rpartition(":")
-        if not (colon and host and port.isdigit()):
-            raise ValueError(f"{_SETTINGS[0]}={self.address}: HOST:PORT is needed")
-        if not 0 <= self.index < self.count:
-            raise ValueError(
-                f"{_SETTINGS[2]}={self.index}: from 0 to {self.count - 1} ({_SETTINGS[1]}="
-                f"{self.count})"
-            )
 
 
 def join(
@@ -59,14 +36,17 @@ def join(
       flags: the three settings, None where they were not given; they win over the environment.
 
     Raises:
-      ValueError: a setting that cannot be, or processes that did not come, by their numbers.
+      ValueError: a setting that cannot be, by the name that it was given; or as `call_the_roll`.
     """
     import jax
 
-    given = {name: flag for name, flag in zip(_SETTINGS, flags, strict=True) if flag is not None}
+    given = {name: flag for name, flag in zip(SETTINGS, flags, strict=True) if flag is not None}
     env = {**env, **given}
     seconds = _seconds(env)
-    place = _by_settings(env) if given else found(env)
+    try:
+        place = _by_settings(env) if given else found(env)
+    except ValueError as error:
+        raise ValueError(_as_typed(str(error), given)) from None
     if place is None:
         if _on_tpu_vm(env):  # Google's metadata knows the other hosts; JAX asks it
             jax.distributed.initialize(
@@ -83,8 +63,16 @@ def join(
         place.address, place.count, place.index,
         initialization_timeout=max(1, int(seconds)), heartbeat_timeout_seconds=_HEARTBEAT,
         # JAX's own choice is every interface.
-        coordinator_bind_address=place.address if _is_local(place.address) else None,
+        coordinator_bind_address=place.address if is_local(place.address) else None,
     )  # fmt: skip
+
+
+def _as_typed(message: str, given: Mapping[str, str]) -> str:
+    """A message with the flags that were typed in place of the settings that they stand for."""
+    for setting, flag in zip(SETTINGS, FLAGS, strict=True):
+        if setting in given:
+            message = message.replace(f"{setting}=", f"{flag}=")
+    return message
 
 
 _sentinels: list[Sentinel] = []  # of this process, while it is one of several
@@ -103,7 +91,7 @@ def watch() -> None:
     index, count, call = jax.process_index(), jax.process_count(), None
     if index == 0:
         host = _reachable()
-        mine = Sentinel(0, count, host if _is_local(f"{host}:") else "")
+        mine = Sentinel(0, count, host if is_local(f"{host}:") else "")
         _sentinels.append(mine)
         call = [socket.gethostname(), host, mine.port, mine.token]
     name, host, port, token = of_first(call)
@@ -230,7 +218,7 @@ def _largest(placed: Any) -> Any:
 
 def found(env: Mapping[str, str]) -> Place | None:
     """This process's place by the environment; None where it says nothing."""
-    if any(name in env for name in _SETTINGS[:2]):
+    if any(name in env for name in SETTINGS[:2]):
         return _by_settings(env)
     if all(f"SLURM_{name}" in env for name in ("STEP_NODELIST", "NTASKS", "PROCID", "JOB_ID")):
         port = 61440 + _number(env, "SLURM_JOB_ID") % 4096
@@ -246,12 +234,12 @@ def found(env: Mapping[str, str]) -> Place | None:
 
 def _by_settings(env: Mapping[str, str]) -> Place:
     index = "LMJAX_PROCESS" if "LMJAX_PROCESS" in env else "JOB_COMPLETION_INDEX"
-    missing = [name for name in (*_SETTINGS[:2], index) if name not in env]
+    missing = [name for name in (*SETTINGS[:2], index) if name not in env]
     if missing:
         names = ", ".join("LMJAX_PROCESS" if n == "JOB_COMPLETION_INDEX" else n for n in missing)
         flags = ", ".join(FLAGS)
         raise ValueError(
-            f"{names} must be set as well: {', '.join(_SETTINGS)} go together, and so do {flags},"
+            f"{names} must be set as well: {', '.join(SETTINGS)} go together, and so do {flags},"
             " which are the same"
         )
     return Place(env["LMJAX_COORDINATOR"], _number(env, "LMJAX_PROCESSES"), _number(env, index))
@@ -264,7 +252,7 @@ def _by_open_mpi(env: Mapping[str, str]) -> Place:
     if host is None and count > 1:
         raise ValueError(
             f"Open MPI started {count} processes, but does not say where process 0 is; pass"
-            f" -x {_SETTINGS[0]}=HOST:PORT -x {_SETTINGS[1]}={count} and set {_SETTINGS[2]}"
+            f" -x {SETTINGS[0]}=HOST:PORT -x {SETTINGS[1]}={count} and set {SETTINGS[2]}"
         )
     address = f"{host[1] if host else 'localhost'}:{61440 + _digits(uri) % 4096}"
     return Place(address, count, _number(env, "OMPI_COMM_WORLD_RANK"))
@@ -291,11 +279,11 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 def _seconds(env: Mapping[str, str]) -> float:
     try:
-        seconds = float(env.get(_TIMEOUT, "300"))
+        seconds = float(env.get(TIMEOUT, "300"))
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ValueError(f"{_TIMEOUT}={env[_TIMEOUT]!r}: seconds above 0")
+        raise ValueError(f"{TIMEOUT}={env[TIMEOUT]!r}: seconds above 0")
     return seconds
 
 
@@ -304,89 +292,3 @@ def _on_tpu_vm(env: Mapping[str, str]) -> bool:
     if env.get("JAX_PLATFORMS", "") not in ("", "tpu"):
         return False
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-
-
-def call_the_roll(place: Place, seconds: float) -> None:
-    """Returns when all processes are there.
-
-    Raises:
-      ValueError: some were not, after so long; names them.
-    """
-    (_answer if place.index == 0 else _report)(place, time.monotonic() + seconds, seconds)
-
-
-def _answer(place: Place, deadline: float, seconds: float) -> None:
-    """Process 0: waits for each of the others, then tells all of them who is there."""
-    here = {0: socket.gethostname()}
-    with contextlib.ExitStack() as stack, _listening(place.address) as server:
-        others = []
-        while len(here) < place.count and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            with contextlib.suppress(TimeoutError):
-                other = stack.enter_context(server.accept()[0])
-                other.settimeout(5)
-                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    said = json.loads(other.makefile("rb").readline(4096))
-                    if int(said["count"]) == place.count:
-                        here[int(said["index"])] = str(said["host"])[:200]
-                        others.append(other)
-        missing = [i for i in range(place.count) if i not in here]
-        for other in others:
-            with contextlib.suppress(OSError):
-                other.sendall(json.dumps({"missing": missing}).encode() + b"\n")
-    if missing:
-        raise _absent(place, missing, here, seconds)
-
-
-@contextlib.contextmanager
-def _listening(address: str) -> Iterator[socket.socket]:
-    host, _, port = address.rpartition(":")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind((host if _is_local(address) else "", int(port)))
-        except OSError as error:
-            raise ValueError(f"process 0 cannot listen at {address}: {error.strerror}") from None
-        server.listen(1024)
-        yield server
-
-
-def _is_local(address: str) -> bool:
-    """Whether an address is this machine's own, which no other machine needs to reach."""
-    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "::1", "[::1]")
-
-
-def _report(place: Place, deadline: float, seconds: float) -> None:
-    """The others: say that they are here until process 0 has heard of all."""
-    host, _, port = place.address.rpartition(":")
-    mine = {"index": place.index, "count": place.count, "host": socket.gethostname()}
-    reached = False
-    while (left := deadline + 5 - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host, int(port)), timeout=left) as server:
-                server.sendall(json.dumps(mine).encode() + b"\n")
-                reached = True
-                said = json.loads(server.makefile("rb").readline(1 << 20))
-        except (OSError, ValueError):  # nobody there yet, or gone
-            if reached:
-                break
-            time.sleep(_RETRY)
-            continue
-        if said["missing"]:
-            raise _absent(place, said["missing"], {}, seconds)
-        return
-    gone = "left without an answer" if reached else "did not answer"
-    raise ValueError(
-        f"process {place.index} of {place.count} waited {seconds:g} s for process 0 at"
-        f" {place.address}, which {gone}; is it started?"
-    )
-
-
-def _absent(place: Place, missing: list[int], here: dict[int, str], seconds: float) -> ValueError:
-    names = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-    there = ", ".join(f"{i} ({host})" for i, host in sorted(here.items())[:20])
-    return ValueError(
-        f"{place.count - len(missing)} of {place.count} processes started within {seconds:g} s;"
-        f" missing: {names}" + (f"; here: {there}" if there else "")
-    )

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lmjax"
 
 # From the ground up. A module imports only what stands below it, never its own floor.
 FLOORS = (
-    "document watch manifest steps compilation",
+    "document watch manifest steps compilation roll",
     "hosts",
     "process_flags",
     "text_bytes",
