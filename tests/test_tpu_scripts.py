@@ -92,7 +92,10 @@ def test_a_pod_is_queued_spot_or_not_and_deletes_itself(gcloud, tmp_path):
 
 
 def test_a_pod_without_the_queue(gcloud, tmp_path):
-    states = {"queued-resources describe": [NOT_FOUND], "tpu-vm describe": [NOT_FOUND, [0, "READY\n"]]}
+    states = {
+        "queued-resources describe": [NOT_FOUND],
+        "tpu-vm describe": [NOT_FOUND, [0, "READY\n"]],
+    }
     calls, _, _ = gcloud("create", *POD, *MADE, "--on-demand", "--version=mine", answers=states)
     (made,) = made_of(calls)
     assert made[2:5] == ["tpu-vm", "create", "pod"] and "--version=mine" in made
@@ -212,6 +215,76 @@ def test_a_cap_ends_the_run(gcloud):
         "run", *POD, "--type=v5litepod-16", "--hours=0.0003", *TRAIN, answers=states, code=2
     )
     assert "0.0003 hours are over" in err and verbs(calls)[-1] == "queued-resources delete"
+
+
+BUSY = [1, "ERROR: an operation is in progress\n"]
+
+
+def test_a_pod_that_is_not_deleted_at_once_is_tried_again(gcloud):
+    states = {"queued-resources describe": [[0, "ACTIVE\n"]], "delete": [BUSY, BUSY, [0, ""]]}
+    assert verbs(gcloud("delete", *POD, answers=states)[0]) == 3 * ["queued-resources delete"]
+    # Or somebody else has deleted it meanwhile.
+    gone = {
+        "queued-resources describe": [[0, "DELETING\n"], NOT_FOUND],
+        "tpu-vm describe": [NOT_FOUND],
+    }
+    assert len(verbs(gcloud("delete", *POD, answers={**gone, "delete": [BUSY]})[0])) == 1
+
+
+@pytest.mark.parametrize(("said", "code"), [("0", 2), ("3", 3)])
+def test_a_pod_that_is_still_there_is_said_and_the_commands_code_kept(gcloud, said, code):
+    states = {
+        "queued-resources describe": [[0, "ACTIVE\n"]],
+        "cat lmjax/run.exit": [[0, f"{said}\n"]],
+        "resources delete": [BUSY],
+    }
+    calls, _, err = gcloud("run", *POD, *MADE, *TRAIN, answers=states, code=code)
+    assert verbs(calls)[-4:] == 4 * ["queued-resources delete"]
+    wanted = "error: pod was NOT deleted and still costs: tpu/delete.sh --name=pod --zone=z-1\n"
+    assert err.endswith(wanted) and err.count("NOT deleted") == 1
+
+
+def test_hours_that_are_over_are_said_where_the_pod_is_still_there(gcloud):
+    states = {"queued-resources describe": [[0, "ACTIVE\n"]], "resources delete": [BUSY]}
+    flags = ("--type=v5litepod-16", "--hours=0.0003")
+    _, _, err = gcloud("run", *POD, *flags, *TRAIN, answers=states, code=2)
+    assert "NOT deleted" in err and "0.0003 hours are over" in err
+
+
+def test_no_pod_is_made_for_less_time_than_it_takes(gcloud, monkeypatch):
+    for hours in ("0", "0.0", "0.016"):
+        calls, _, err = gcloud("create", *POD, MADE[0], f"--hours={hours}", answers=NONE, code=2)
+        assert f"--hours={hours}: no pod is made for less than a minute" in err
+        assert verbs(calls) == []
+    monkeypatch.setenv("LMJAX_POLL", "45")
+    for hours in ("0", "0.04"):  # 144 s
+        calls, _, err = gcloud("run", *POD, MADE[0], f"--hours={hours}", *TRAIN, code=2)
+        assert calls == [] and f"--hours={hours}: over before a pod is there" in err
+
+
+def test_after_a_preemption_near_the_end_no_pod_is_made(gcloud, monkeypatch):
+    active, taken = [0, "ACTIVE\n"], [0, "SUSPENDED\n"]
+    states = {
+        "queued-resources describe": [active, active, taken, taken, NOT_FOUND],
+        "tpu-vm describe": [NOT_FOUND],
+    }
+    monkeypatch.setenv("LMJAX_POLL", "1.5")
+    flags = ("--type=v5litepod-16", "--hours=0.002")  # 7 s, and 6 s are four polls
+    calls, _, err = gcloud("run", *POD, *flags, *TRAIN, answers=states, code=2)
+    assert made_of(calls) == [] and "0.002 hours are over" in err
+
+
+def test_gcloud_that_is_not_there_is_said_once(gcloud, tmp_path, monkeypatch):
+    few = tmp_path / "few"
+    few.mkdir()
+    for tool in ("bash", "dirname", "sed", "env"):
+        (few / tool).symlink_to(shutil.which(tool) or "")
+    monkeypatch.setenv("PATH", str(few))
+    for script in SCRIPTS:
+        flags = {"create": MADE, "run": (*MADE, *TRAIN)}.get(script, ())
+        _, out, err = gcloud(script, *POD, *flags, code=2)
+        assert err.startswith("error: no gcloud on PATH: https://") and err.count("\n") == 1
+        gcloud(script, "--help")
 
 
 def test_logs_are_of_host_0_and_deleting_finds_the_kind(gcloud):

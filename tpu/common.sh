@@ -10,7 +10,6 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 wait_a_little() { sleep "${LMJAX_POLL:-45}"; }
 die() { echo "error: $*" >&2; exit 2; }
-
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; }
 
 # Takes the common flags out of the arguments; the others are left in REST.
@@ -28,6 +27,7 @@ common_flags() {
     shift
   done
   [[ $NAME =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] || die "--name=$NAME: small letters, digits and -"
+  ((DRY)) || command -v gcloud >/dev/null || die "no gcloud on PATH: https://cloud.google.com/sdk/docs/install"
 }
 
 # The common flags again, for another script.

@@ -39,9 +39,10 @@ case $(state NONE) in
   SUSPEND* | FAILED | PREEMPTED) die "$NAME is left over: tpu/delete.sh --name=$NAME" ;;
 esac
 
+seconds=$(awk -v h="$HOURS" 'BEGIN { printf "%d", h * 3600 }')
+((seconds >= 60)) || die "--hours=$HOURS: no pod is made for less than a minute"
 cap=$(mktemp)
 trap 'rm -f "$cap"' EXIT
-seconds=$(awk -v h="$HOURS" 'BEGIN { printf "%d", h * 3600 }')
 kind=tpu-vm force=''
 if ((QUEUED)); then kind=queued-resources force=--force; fi
 echo "systemd-run --on-active=$seconds gcloud compute tpus $kind delete $NAME $force ${WHERE[*]-} --quiet --async" >"$cap"
