@@ -26,6 +26,7 @@ from lmjax.steps import (
     clean,
     damaged_folders,
     folder,
+    is_there,
     newest_in_words,
     newest_step,
     set_aside,
@@ -138,8 +139,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes and lets go of the directory."""
-        self.finish()
-        self._retention.close()
+        try:
+            self.finish()
+        finally:
+            self._retention.close()
+            if hosts.is_first():  # a save that failed may have been written on until now
+                clean(self._workdir)
 
 
 def load_params(workdir: Path, target: Any, say: Say | None = None) -> tuple[int, Any]:
@@ -193,6 +198,15 @@ def examine(workdir: Path, step: int) -> Finding:
     return Finding(len(leaves), size, None, stored.fingerprints is not None)
 
 
+def saved_recipe(workdir: Path) -> tuple[int, dict[str, Any]]:
+    """(step, recipe as JSON) of the newest step whose manifest can be read; (0, {}) of none."""
+    for step in reversed(all_steps(workdir)):
+        with contextlib.suppress(Damaged):
+            content, _ = disk.describe(folder(workdir) / str(step))
+            return step, manifest.opened(content, step).recipe
+    return 0, {}
+
+
 def stored_fingerprints(workdir: Path, step: int) -> dict[str, str]:
     """Fingerprints by path as a step's manifest has them.
 
@@ -240,7 +254,7 @@ def _newest_good(workdir: Path, target: Any, say: Say) -> tuple[int, Any, dict[i
     tried: dict[int, str] = {}
     while True:
         steps = [s for s in hosts.of_first(all_steps(workdir)) if s not in tried]
-        damaged = {s: why for s, why in tried.items() if (folder(workdir) / str(s)).exists()}
+        damaged = {s: why for s, why in tried.items() if is_there(workdir, s)}
         if not steps:
             lines = "".join(f"\n  step {s:,}: {why}" for s, why in damaged.items())
             raise ValueError(

@@ -31,8 +31,12 @@ def start_save(path: Path, tree: Any, metadata: Any) -> Any:
 def describe(path: Path) -> tuple[Any, Any]:
     """(what was saved as metadata, the tree with shapes and dtypes in place of arrays)."""
     with _alone():
+        if not path.is_dir():
+            raise Damaged("it is no folder")
         if not any(path.iterdir()):
             raise Damaged("its folder is empty")
+        if odd := next((p for p in path.rglob("*") if not (p.is_file() or p.is_dir())), None):
+            raise Damaged(f"{odd.relative_to(path)} is no file")  # a pipe would be waited for
         found: Any = ocp.metadata(str(path))
         return found.custom_metadata, found.metadata
 

@@ -25,7 +25,7 @@ from lmjax.witness import Seen
 from lmjax.workdir import read_json
 
 CLOSE = 1e-5  # largest relative difference of a loss on another mesh
-_LENGTH = 40  # steps, unless --steps says otherwise
+_LENGTH = 40  # steps at least, unless --steps says otherwise
 _SAVES = 8
 _SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 
@@ -80,24 +80,24 @@ def drill(
       env: the environment of the runs. They need the accelerator, if there is one, so this process
         must not hold it.
     """
+    steps = run.steps if _typed(arguments) else max(_LENGTH, _each(kills) * 2)
+    if steps < _each(kills):
+        raise ValueError(
+            f"--steps={steps}: a drill with --kills={kills} needs at least {_each(kills)} steps"
+        )
     folder = Path(tempfile.mkdtemp(prefix="lmjax-drill-")) if keep is None else keep
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; a drill needs a folder of its own")
     trainer = Trainer(tuple(arguments), folder, timeout=1800, env=env)
-    drilled = _Drill(run, trainer, random.Random(seed), say)
+    drilled = _Drill(run, steps, trainer, random.Random(seed), say)
     verdict = drilled.verdict
-    for part in (
-        drilled.straight, lambda: drilled.stops(kills), drilled.damage, drilled.controls,
-        drilled.meshes, drilled.processes,
-    ):  # fmt: skip
-        try:
-            part()
-        except ValueError as error:
-            verdict.check("run", str(error))
-            say("  FAILED, see below")
-        if not verdict.held:
-            break  # without the straight run there is nothing to compare with
+    try:
+        _try_all(drilled, kills)
+    except KeyboardInterrupt:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     for failure in verdict.failed:
         say(f"FAILED {failure}")
     if verdict.failed:
@@ -108,10 +108,36 @@ def drill(
     return not verdict.failed
 
 
+def _try_all(drilled: "_Drill", kills: int) -> None:
+    """All parts, one after the other; a part that cannot go on fails, and the next one is tried."""
+    verdict = drilled.verdict
+    for part in (
+        drilled.straight, lambda: drilled.stops(kills), drilled.damage, drilled.controls,
+        drilled.meshes, drilled.processes,
+    ):  # fmt: skip
+        try:
+            part()
+        except ValueError as error:
+            verdict.check("run", str(error))
+            drilled.say("  FAILED, see below")
+        if not verdict.held:
+            break  # without the straight run there is nothing to compare with
+
+
+def _typed(arguments: Sequence[str]) -> bool:
+    return any(a.partition("=")[0] == "--steps" for a in arguments)
+
+
+def _each(kills: int) -> int:
+    """Steps that are enough for so many kills, two signals and what follows them."""
+    return 2 * (kills + 3)
+
+
 class _Drill:
-    def __init__(self, run: Run, trainer: Trainer, draw: random.Random, say: Say) -> None:
-        typed = any(a.partition("=")[0] == "--steps" for a in trainer.arguments)
-        self.steps = run.steps if typed else _LENGTH
+    def __init__(
+        self, run: Run, steps: int, trainer: Trainer, draw: random.Random, say: Say
+    ) -> None:
+        self.steps = steps
         self.every = max(1, self.steps // _SAVES)
         fixed = {
             "steps": self.steps, "save_every": self.every, "keep": 3, "log_every": 1,

@@ -67,6 +67,10 @@ class Trainer:
             process.popen.kill()
             process.popen.wait()
             code = f"stuck for {self.timeout:g} s"
+        except KeyboardInterrupt:
+            process.popen.kill()
+            process.popen.wait()
+            raise
         printed = process.log.read_text("utf-8", errors="replace")
         if code:
             end = "\n".join(line[:200] for line in re.split(r"[\r\n]+", printed.strip())[-12:])
@@ -119,8 +123,11 @@ class Trainer:
         Returns:
           Whether the signal came before the end of the run.
         """
+        before = len(self.seen(name))  # by the starts until now
         process = self.start(name)
-        reached = self._wait(process, lambda: any(s.step >= step for s in self.seen(name)[-1:]))
+        reached = self._wait(
+            process, lambda: any(s.step >= step for s in self.seen(name)[before:][-1:])
+        )
         if reached and saving:
             reached = self._wait(process, lambda: any(_unfinished(self.workdir(name))))
         time.sleep(delay)
@@ -137,12 +144,16 @@ class Trainer:
     def _wait(self, process: "Process", come: Callable[[], bool]) -> bool:
         """Whether it came before the process ended. Errors: ValueError after the timeout."""
         deadline = time.monotonic() + self.timeout
-        while process.popen.poll() is None:
-            if come():
-                return True
-            if time.monotonic() > deadline:
-                self.finish(process)
-            time.sleep(_POLL)
+        try:
+            while process.popen.poll() is None:
+                if come():
+                    return True
+                if time.monotonic() > deadline:
+                    self.finish(process)
+                time.sleep(_POLL)
+        except KeyboardInterrupt:
+            process.popen.kill()
+            raise
         return False
 
     def _witness(self, name: str) -> Path:

@@ -23,10 +23,15 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """`arrays`: path → [shape, dtype]; `fingerprints`: by path, None where they were not saved."""
+    """What a step holds, and the recipe that it was saved with.
+
+    arrays: path → [shape, dtype]. fingerprints: by path, None where they were not saved. recipe:
+    as JSON, empty where it was not sealed.
+    """
 
     arrays: Arrays
     fingerprints: dict[str, str] | None
+    recipe: dict[str, Any]
 
 
 def seal(step: int, recipe: Any, arrays: Arrays, fingerprints: dict[str, str]) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def opened(content: Any, step: int) -> Manifest:
         raise Damaged("it has no manifest")
     arrays = content["arrays"]
     if not content.keys() & {"seal", "fingerprints", "step"}:
-        return Manifest(arrays, None)
+        return Manifest(arrays, None, {})
     body = {k: v for k, v in content.items() if k != "seal"}
     if content.get("seal") != _digest(body):
         raise Damaged("its manifest was changed")
@@ -57,7 +62,8 @@ def opened(content: Any, step: int) -> Manifest:
     prints: Any = content.get("fingerprints")
     if not _are_fingerprints(prints) or prints.keys() != arrays.keys():
         raise Damaged("its manifest has no fingerprint of some array")
-    return Manifest(arrays, prints)
+    found: Any = content.get("recipe")
+    return Manifest(arrays, prints, found if isinstance(found, dict) else {})
 
 
 def check_name(name: str) -> None:

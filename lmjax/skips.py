@@ -9,7 +9,7 @@ from lmjax import hosts, recipe
 from lmjax.data import Prepared
 from lmjax.run import Run
 from lmjax.seen import documents_seen
-from lmjax.steps import newest_in_words, newest_step
+from lmjax.steps import folder, newest_in_words, newest_step
 from lmjax.workdir import write_text
 
 
@@ -23,6 +23,11 @@ class Skips:
         self._run, self._prepared, self._workdir = run, prepared, workdir
         self._before = before
         self._row: deque[int] = deque(maxlen=run.max_skipped or 1)
+
+    @property
+    def in_row(self) -> bool:
+        """Whether the last update was skipped."""
+        return bool(self._row)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of the next step.
@@ -54,5 +59,7 @@ class Skips:
             f"{len(self._row)} updates in a row were skipped, steps {self._row[0]:,} to"
             f" {self._row[-1]:,}: no finite loss or gradient; {newest_in_words(self._workdir)}."
             f" {path} names the documents of their batches. To go on without these:"
-            f" --skip_batches={spans} --allow=skip_batches; or lower the learning rate"
+            f" --skip_batches={spans} --allow=skip_batches. If the next ones fail as well, lower"
+            f" the learning rate or move newer steps out of {folder(self._workdir)}, to go on from"
+            " an older one"
         )

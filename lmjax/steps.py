@@ -8,11 +8,13 @@ under the name of a whole one.
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import time
 from pathlib import Path
 
+_STEP = re.compile(r"0|[1-9][0-9]{0,9}")
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "deleting-*")
 
 
@@ -22,11 +24,20 @@ def folder(workdir: Path) -> Path:
 
 
 def all_steps(workdir: Path) -> list[int]:
-    """The steps that a run directory holds, ascending, whole or damaged."""
+    """The steps that a run directory holds, ascending, whole or damaged.
+
+    What has the name of a step counts as one, be it a file or a link to nowhere: it is in the way
+    of the step that is to have that name.
+    """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names = [p.name for p in folder(workdir).iterdir() if p.is_dir()]
-        return sorted(int(n) for n in names if n.isascii() and n.isdigit() and str(int(n)) == n)
+        names = [p.name for p in folder(workdir).iterdir() if _STEP.fullmatch(p.name)]
+        return sorted(step for step in map(int, names) if step < 1 << 31)
     return []
+
+
+def is_there(workdir: Path, step: int) -> bool:
+    """Whether a run directory holds something by the name of that step."""
+    return os.path.lexists(folder(workdir) / str(step))
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -61,7 +72,14 @@ def clean(workdir: Path) -> None:
     """Deletes what a killed run left unfinished. Only for the one who writes there."""
     for pattern in _LEFTOVERS:
         for path in folder(workdir).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Retention:
@@ -78,7 +96,7 @@ class Retention:
             path = folder(self._workdir) / str(step)
             away = path.with_name(f"deleting-{step}-{time.time_ns()}")
             os.rename(path, away)
-            thread = threading.Thread(target=shutil.rmtree, args=(away, True))
+            thread = threading.Thread(target=_delete, args=(away,))
             thread.start()
             self._threads.append(thread)
 

@@ -4,7 +4,9 @@
 import contextlib
 import errno
 import itertools
+import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,11 +18,13 @@ import numpy as np
 
 from lmjax import cpu, hosts, recipe, sharding
 from lmjax.batches import batches
-from lmjax.checkpoint import Checkpoints
+from lmjax.checkpoint import Checkpoints, saved_recipe
 from lmjax.data import Prepared
+from lmjax.document import redacted
 from lmjax.evaluate import Evaluator
+from lmjax.executables import source
 from lmjax.hardware import checked_step
-from lmjax.metrics import MetricsWriter, Throughput
+from lmjax.metrics import METRICS_FILE, MetricsWriter, Throughput, read_metrics
 from lmjax.peaks import peak_flops
 from lmjax.programs import Programs
 from lmjax.progress import Progress, Work
@@ -35,11 +39,14 @@ from lmjax.workdir import (
     check_data,
     keep_tokenizer,
     record,
+    refuse_edited_recipe,
     refuse_other_recipe,
+    refuse_other_text,
     refuse_skipping_the_past,
 )
 
 Note = Callable[[int, Any, Any], None]
+_PLACES = re.compile(r"data\.store|data\.corpus\.data_dir")  # may differ from host to host
 
 
 def train(
@@ -53,7 +60,7 @@ def train(
 ) -> int:
     """Trains until `run.steps`, resuming what `workdir` holds; returns the step that it reached.
 
-    SIGTERM and SIGINT save and return; a second signal ends the process at once.
+    SIGTERM, SIGINT and SIGHUP save and return; a second signal ends the process at once.
 
     Args:
       about: name and description of the experiment, for the records.
@@ -66,19 +73,28 @@ def train(
       ValueError: the recipe, the data or the checkpoint do not fit each other.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(workdir) if hosts.is_first() else contextlib.nullcontext()
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         cpu.keep_freed_memory()
-    with lock, _full_disk(workdir), sharding.use(run.mesh.mesh()):
+    with (
+        _full_disk(workdir),
+        RunLock(workdir) if hosts.is_first() else contextlib.nullcontext(),
+        sharding.use(run.mesh.mesh()),
+    ):
         run.check()
-        newest = newest_step(workdir)
-        if newest is not None:
+        _refuse_unlike(run, {"--allow": ",".join(allow), "--until": stop_at})
+        begun = newest_step(workdir) is not None
+        step, saved = saved_recipe(workdir)
+        if begun:
+            refuse_edited_recipe(workdir, step, saved)
             refuse_other_recipe(run, workdir, allow)
-            refuse_skipping_the_past(run, workdir, newest)
-        prepared = _prepared(run, workdir, about)
+        prepared = _prepared(run, workdir, allow if begun else None)
         recorded = recipe.to_json(run)
         with contextlib.closing(Checkpoints(workdir, recorded, run.keep, print)) as checkpoints:
-            state, first = _resume_or_begin(run, checkpoints)
+            state, first = _resume_or_begin(run, workdir, checkpoints)
+            if begun:
+                refuse_skipping_the_past(run, workdir, first)
+            if hosts.is_first():  # not before: a start that is refused changes no record
+                record(run, workdir, about, prepared, saved)
             end = min(stop_at or run.steps, run.steps)
             if first < end:
                 log = Recorder(run, workdir, first) if hosts.is_first() else Silent()
@@ -117,15 +133,43 @@ def _full_disk(workdir: Path) -> Iterator[None]:
         ) from None
 
 
-def _prepared(run: Run, workdir: Path, about: dict[str, str]) -> Prepared:
-    """The data; the first process builds what is not there, and writes down what the run is."""
+def _refuse_unlike(run: Run, flags: dict[str, Any]) -> None:
+    """Raises ValueError on all processes where one was started with another recipe, or other code:
+    they would wait for each other for ever, or compute nonsense together.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {
+        "the code of lmjax": source()[:12],
+        **flags,
+        **dict(recipe.flatten(recipe.to_json(run))),
+    }
+    first, *others = (
+        {key: value for key, value in json.loads(text).items() if not _PLACES.fullmatch(key)}
+        for text in hosts.gathered(json.dumps(mine))
+    )
+    for index, other in enumerate(others, 1):
+        if changes := recipe.difference(first, other):
+            lines = "".join(f"\n  {key}: {old}, there {new}" for key, old, new in changes)
+            raise ValueError(
+                f"process {index} was not started as process 0 was:{redacted(lines)}\n"
+                "Start all of them with one command"
+            )
+
+
+def _prepared(run: Run, workdir: Path, allow: tuple[str, ...] | None) -> Prepared:
+    """The data; the first process builds what is not there.
+
+    allow: what may differ from what the run began with; None where it begins.
+    """
     if not hosts.is_first():
         hosts.wait_for_all("data")
         return run.data.prepare(workdir)
     prepared = run.data.prepare(workdir, Work("tokenising"))
     check_data(run, prepared)
     keep_tokenizer(prepared.tokenizer.directory, workdir)
-    record(run, workdir, about)
+    if allow is not None:
+        refuse_other_text(prepared, workdir, allow)
     hosts.wait_for_all("data")
     return prepared
 
@@ -161,7 +205,10 @@ def _loop(
         log.step(step, values, held_out)
         skips.step(step, values)
 
+    unscored = hosts.of_first(log.unscored(span.start))  # a stop came before the score was made
     with jax.transfer_guard("disallow"):
+        if unscored and (score := scores[plan.stage(span.start - 1).phase]):
+            log.scored(span.start, score(state.params))
         steps = batches(examples, plan, span.start, span.stop, run.workers)
         for done, batch in zip(itertools.count(span.start + 1), steps, strict=False):
             if _due(done, run.check_every):
@@ -180,7 +227,9 @@ def _loop(
                 score = scores[plan.stage(done - 1).phase] if scoring else None
                 settle(*late, held_out=score(state.params) if score else None)
                 late = None
-            if saving:
+            if saving and skips.in_row and done < run.steps:
+                log.say(f"step {done:,} is not saved: its update was skipped")
+            elif saving:
                 checkpoints.save(done, state)
             checkpoints.check()
             if last:
@@ -205,7 +254,7 @@ class Recorder:
     """Writes what the loop learns: metrics.jsonl, TensorBoard and the progress bar."""
 
     def __init__(self, run: Run, workdir: Path, first: int) -> None:
-        self._plan, self._every, self._steps = run.plan(), run.log_every, run.steps
+        self._run, self._workdir, self._plan = run, workdir, run.plan()
         self._flops_per_token, self._peak = run.model.flops_per_token, peak_flops(jax.devices())
         self._writer = MetricsWriter(workdir, first)
         self._throughput = Throughput()
@@ -220,16 +269,30 @@ class Recorder:
         held_out_loss = held_out["loss"] if held_out else None
         self._bar.update(step, values["loss"], rate, held_out_loss)
         if held_out is not None:
-            means = {k: v for k, v in held_out.items() if not k.endswith("_weight")}
-            values = values | {f"held_out_{name}": value for name, value in means.items()}
+            values = values | _named(held_out)
             self._throughput.restart()
-        logged = step % self._every == 0 or step == self._steps or values["skipped"]
-        if held_out is not None or logged:
+        due = _due(step, self._run.log_every) or _due(step, self._run.evaluate_every)
+        if held_out is not None or due or step == self._run.steps or values["skipped"]:
             values |= {"tokens": tokens, "tokens_per_second": rate}
             if self._peak:  # model FLOPs utilisation
                 length = self._plan.stage(step - 1).example_tokens
                 values["mfu"] = rate * self._flops_per_token(length) / self._peak
             self._writer.write(step, values)
+
+    def unscored(self, step: int) -> bool:
+        """Whether a score was due after `step`, and its line has none."""
+        last = {"step": 0, **dict(*read_metrics(self._workdir)[-1:])}
+        due = step > 0 and _due(step, self._run.evaluate_every)
+        return due and last["step"] == step and "held_out_loss" not in last
+
+    def scored(self, step: int, held_out: dict[str, float]) -> None:
+        """The validation scores of the last line, late."""
+        values = read_metrics(self._workdir)[-1]
+        assert values.pop("step") == step
+        self._writer.close()
+        self._writer = MetricsWriter(self._workdir, step - 1)
+        self._writer.write(step, values | _named(held_out))
+        self._throughput.restart()
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -241,8 +304,20 @@ class Recorder:
         self._writer.close()
 
 
+def _named(held_out: dict[str, float]) -> dict[str, float]:
+    means = {k: v for k, v in held_out.items() if not k.endswith("_weight")}
+    return {f"held_out_{name}": value for name, value in means.items()}
+
+
 class Silent:
     """The recorder of the processes that write nothing."""
+
+    def unscored(self, step: int) -> bool:
+        """The first process knows."""
+        return False
+
+    def scored(self, step: int, held_out: Any) -> None:
+        """There is nothing to write."""
 
     def step(self, step: int, values: Any, held_out: Any = None) -> None:
         """There is nothing to write."""
@@ -254,8 +329,10 @@ class Silent:
         """There is nothing to close."""
 
 
-def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
+def _resume_or_begin(run: Run, workdir: Path, checkpoints: Checkpoints) -> tuple[State, int]:
     if checkpoints.latest() is None:
+        if (workdir / METRICS_FILE).exists():
+            print(f"{workdir} holds metrics, but no step: starting from the beginning")
         return create_state(run.model, run.optimiser(), run.seed, run.batch), 0
     state = checkpoints.restore(abstract_state(run.model, run.optimiser(), run.batch))
     step = int(state.step)
@@ -264,7 +341,7 @@ def _resume_or_begin(run: Run, checkpoints: Checkpoints) -> tuple[State, int]:
 
 
 class _Stop:
-    """True once SIGTERM or SIGINT has come; the second signal ends the process at once."""
+    """True once SIGTERM, SIGINT or SIGHUP has come; the second signal ends the process at once."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -272,8 +349,9 @@ class _Stop:
 
     def __enter__(self) -> "_Stop":
         with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:

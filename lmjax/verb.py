@@ -62,11 +62,14 @@ def _check_flags(arguments: argparse.Namespace, keys: Assignments, run: Any) -> 
 
 def load_recorded(arguments: argparse.Namespace, keys: Assignments) -> Any:
     """The experiment as the run directory recorded it, then the keys that were typed."""
-    from lmjax.workdir import recorded_run
+    from lmjax.checkpoint import saved_recipe
+    from lmjax.workdir import recorded_run, refuse_edited_recipe
 
     run = recipe.load(arguments.experiment, arguments.tiny)
     _check_flags(arguments, keys, run)
-    recorded = recorded_run(folder("workdir", arguments.workdir))
+    workdir = folder("workdir", arguments.workdir)
+    recorded = recorded_run(workdir)
+    refuse_edited_recipe(workdir, *saved_recipe(workdir))
     for part in ("model", "loss"):
         mine = recipe.to_json(getattr(run, part))
         kind = mine.get("class", mine.get("function"))

@@ -4,10 +4,10 @@
 import contextlib
 from pathlib import Path
 
-from lmjax.checkpoint import Finding, examine, stored_fingerprints
+from lmjax.checkpoint import Finding, examine, saved_recipe, stored_fingerprints
 from lmjax.manifest import differences
-from lmjax.steps import all_steps, damaged_folders, folder, set_aside
-from lmjax.workdir import RunLock
+from lmjax.steps import all_steps, damaged_folders, is_there, set_aside
+from lmjax.workdir import RunLock, refuse_edited_recipe
 
 
 def verify(workdir: Path, aside: bool = False) -> None:
@@ -17,7 +17,7 @@ def verify(workdir: Path, aside: bool = False) -> None:
       aside: also gives damaged steps a name that says so.
 
     Raises:
-      ValueError: a step is damaged, or there is none.
+      ValueError: a step is damaged, there is none, or recipe.json is not what was saved with them.
     """
     steps = all_steps(workdir)
     before = damaged_folders(workdir)
@@ -26,11 +26,12 @@ def verify(workdir: Path, aside: bool = False) -> None:
         raise ValueError(f"{workdir} holds no step{more}; is it a run directory?")
     with RunLock(workdir) if aside else contextlib.nullcontext():
         print(f"{'step':>12}  {'arrays':>6}  {'bytes':>15}")
-        bad = []
+        bad, gone = [], []
         for step in steps:
             found = examine(workdir, step)
-            if not (folder(workdir) / str(step)).exists():
-                continue  # training goes on, and it was the oldest
+            if not is_there(workdir, step):
+                gone.append(step)  # training goes on, and it was the oldest
+                continue
             print(_line(step, found))
             if found.reason:
                 bad.append(step)
@@ -38,11 +39,14 @@ def verify(workdir: Path, aside: bool = False) -> None:
                     print(f"{'':>12}  set aside as checkpoints/{set_aside(workdir, step).name}")
     for name in before:
         print(f"set aside before: checkpoints/{name}")
+    steps = [step for step in steps if step not in gone]
     good = [step for step in steps if step not in bad]
     goes_on = f"a run goes on from step {good[-1]:,}" if good else "a run cannot go on"
     result = f"{len(good)} of {len(steps)} steps are good; {goes_on}"
     if bad:
         raise ValueError(result)
+    if (workdir / "recipe.json").exists():  # a folder of checkpoints alone has none
+        refuse_edited_recipe(workdir, *saved_recipe(workdir))
     print(result)
 
 

@@ -6,6 +6,7 @@ tensorboard/, evaluation-<split>.json, samples.jsonl, report.html.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -59,6 +60,27 @@ class RunLock:
     def close(self) -> None:
         """Lets another process write."""
         self._file.close()
+
+
+def refuse_edited_recipe(workdir: Path, step: int, saved: dict[str, Any]) -> None:
+    """Raises ValueError if recipe.json is not what `step` was saved with, by its sealed recipe.
+
+    What `--allow` let a later start change is named in recipe.json.
+    """
+    path = workdir / "recipe.json"
+    recorded = dict(recipe.flatten(recorded_run(workdir)))
+    allowed = read_json(path).get("allowed", [])
+    lines = [
+        f"  {key} is {recorded[key]}, and {value} was saved"
+        for key, value in recipe.flatten(saved)
+        if recorded.get(key, value) != value and not FREE.fullmatch(key) and key not in allowed
+    ]
+    if lines:
+        text = "\n".join(lines)
+        raise ValueError(
+            f"{path} is not the recipe that step {step:,} was saved with:\n{redacted(text)}\n"
+            "Restore these values in that file"
+        )
 
 
 def refuse_other_recipe(run: Run, workdir: Path, allow: tuple[str, ...]) -> None:
@@ -119,6 +141,27 @@ def _check_batch(examples: int, batch: int, length: int) -> None:
         )
 
 
+def refuse_other_text(prepared: Prepared, workdir: Path, allow: tuple[str, ...]) -> None:
+    """Raises ValueError if the store holds other tokens than those that `workdir` was trained on.
+
+    As where it was deleted and built again from a text that has changed since.
+    """
+    known = read_json(workdir / "recipe.json").get("tokens", "")
+    changed = known and known != _tokens_of(prepared)
+    if changed and not any(key.partition(".")[0] == "data" for key in allow):
+        raise ValueError(
+            f"{prepared.store.directory} holds other tokens than those that {workdir} was trained"
+            " on: the text must have changed since. Bring back the text or the token store, choose"
+            " another --workdir, or go on with the other text: --allow=data"
+        )
+
+
+def _tokens_of(prepared: Prepared) -> str:
+    """A hash of all splits of a store."""
+    content = json.dumps(prepared.store.manifest["splits"], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def keep_tokenizer(directory: Path, workdir: Path) -> None:
     """Copies a tokeniser into the run directory, which then needs no store to generate.
 
@@ -149,9 +192,26 @@ def run_tokenizer(workdir: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def record(run: Run, workdir: Path, about: dict[str, str]) -> None:
-    """Writes recipe.json and environment.json."""
-    content = {**about, "summary": describe(run), "run": recipe.to_json(run)}
+def record(
+    run: Run,
+    workdir: Path,
+    about: dict[str, str],
+    prepared: Prepared | None = None,
+    saved: dict[str, Any] | None = None,
+) -> None:
+    """Writes recipe.json and environment.json.
+
+    Args:
+      prepared: the data, of which recipe.json has a hash.
+      saved: the recipe of the step that the run goes on from; where they differ was allowed.
+    """
+    mine = recipe.to_json(run)
+    changes = recipe.difference(saved, mine) if saved else []
+    content = {**about, "summary": describe(run), "run": mine}
+    if prepared is not None:
+        content["tokens"] = _tokens_of(prepared)
+    if allowed := [key for key, _, _ in changes if not FREE.fullmatch(key)]:
+        content["allowed"] = allowed
     write_text(workdir / "recipe.json", recipe.dump(content))
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     mesh = sharding.mesh()
@@ -196,7 +256,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of a run directory whole or not at all."""
+    """Writes a file of a run directory whole or not at all. Errors: OSError, of that file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None

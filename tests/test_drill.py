@@ -3,6 +3,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from commands import lmjax, write_text
 
 from lmjax import recipe
 from lmjax.drill import Verdict, drill
-from lmjax.drill_runs import Trainer
+from lmjax.drill_runs import Process, Trainer
 from lmjax.run import replace
 from lmjax.witness import seen
 
@@ -63,14 +66,16 @@ class Puppet(Trainer):
 def test_what_differs_is_found_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("lmjax.drill.Trainer", Puppet)
     monkeypatch.setattr("lmjax.drill._Drill._on_cpu", lambda self: True)
-    straight = [(n, f"b{n}", 1.0 + n) for n in range(1, 5)]
+    straight = [(n, f"b{n}", 1.0 + n) for n in range(1, 7)]
     played = tmp_path / "played"
     played.mkdir()
     (played / "straight").write_text(lines(*straight))
-    (played / "meshes").write_text(lines(*straight[:2], (3, "other", 4.0), (4, "b4", 5.001)))
-    run = replace(recipe.load("experiments/demo.py", tiny=True), steps=4)
+    (played / "meshes").write_text(
+        lines(*straight[:2], (3, "other", 4.0), (4, "b4", 5.001), *straight[4:])
+    )
+    run = replace(recipe.load("experiments/demo.py", tiny=True), steps=6)
     said: list[str] = []
-    arguments = ["experiments/demo.py", "--tiny", "--steps=4"]
+    arguments = ["experiments/demo.py", "--tiny", "--steps=6"]
     kept = tmp_path / "kept"
     monkeypatch.setattr("lmjax.drill._Drill.stops", lambda self, kills: None)
     monkeypatch.setattr("lmjax.drill._Drill.damage", lambda self: None)
@@ -100,6 +105,30 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     assert "is not empty; a drill needs a folder of its own" in errors
     _, errors = lmjax("drill", "experiments/demo.py", "--tiny", "--kills=-1", code=2)
     assert "--kills=-1: must be 0 or more" in errors
+    few = ("--kills=2", "--steps=9", f"--folder={tmp_path / 'new'}")
+    _, errors = lmjax("drill", "experiments/demo.py", "--tiny", *few, code=2)
+    assert "--steps=9: a drill with --kills=2 needs at least 10 steps" in errors
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_signal_waits_for_a_step_of_the_start_that_it_is_sent_to(tmp_path, monkeypatch):
+    """Earlier starts came as far already; what they saw is in the same file."""
+    witness = tmp_path / "run.witness"
+    witness.write_text(lines((1, "a", 0.5), (2, "b", 0.25)))
+    later = (
+        f"import time; time.sleep(1); open({str(witness)!r}, 'a').write({lines((2, 'b', 0.25))!r})"
+    )
+    program = f"{later}; time.sleep(60)"
+
+    def start(self, name: str, *keys: str, **rest) -> Process:
+        log = tmp_path / "log"
+        log.write_text("")
+        return Process(subprocess.Popen([sys.executable, "-c", program]), log)
+
+    monkeypatch.setattr(Trainer, "start", start)
+    trainer = Trainer((), tmp_path, timeout=30)
+    assert trainer.stopped("run", signal.SIGKILL, 2, 0.0, saving=False)
+    assert len(trainer.seen("run")) == 3
 
 
 def test_the_sentence_counts():

@@ -140,13 +140,22 @@ def command(workdir: Path, text: Path) -> tuple[str, ...]:
     return ("train", DEMO, "--tiny", f"--workdir={workdir}", corpus, *STEPS)
 
 
-def start_two(*arguments: str) -> list[subprocess.Popen[str]]:
-    """`python -m lmjax …` as two processes with two CPU devices each."""
+def start_two(*arguments: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+    """`python -m lmjax …` as two processes with two CPU devices each; `second` for the second."""
     flags = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
     wrong = {"LMJAX_COORDINATOR": "nowhere:1", "LMJAX_PROCESSES": "7", "LMJAX_PROCESS": "5"}
     return [
         subprocess.Popen(
-            [sys.executable, "-u", "-m", "lmjax", *arguments, *flags, f"--process={index}"],
+            [
+                sys.executable,
+                "-u",
+                "-m",
+                "lmjax",
+                *arguments,
+                *flags,
+                f"--process={index}",
+                *second * index,
+            ],
             cwd=ROOT,
             env={**environment(2), **wrong, "LMJAX_JOIN_SECONDS": "60"},
             stdout=subprocess.PIPE,
@@ -206,6 +215,19 @@ def test_two_processes_train_are_killed_and_go_on_as_two_and_as_one(text, tmp_pa
     assert losses(broken) == pytest.approx(losses(unbroken), abs=1e-5)
     # Scored by two processes at step 8, by one at step 16.
     assert scores(broken) == pytest.approx(scores(unbroken), abs=1e-5) and len(scores(broken)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"), [("save_every", "save_every: 4, there 2"), ("until", "--until")]
+)
+def test_processes_that_were_started_unlike_are_refused_before_anything(key, shown, text, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_two(*command(workdir, text), second=(f"--{key}=2",))
+    for process in processes:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        assert "process 1 was not started as process 0 was:" in said and shown in said
+    assert not (workdir / "data").exists()
 
 
 def test_one_of_two_is_told_who_is_missing(text, tmp_path):

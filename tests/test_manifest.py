@@ -23,7 +23,9 @@ keys = st.sampled_from([*SEALED, "other"])
 
 
 def test_what_was_sealed_opens_after_a_way_through_json():
-    assert opened(json.loads(json.dumps(SEALED)), 7) == Manifest(ARRAYS, PRINTS)
+    assert opened(json.loads(json.dumps(SEALED)), 7) == Manifest(
+        ARRAYS, PRINTS, {"rate": 0.1, "spans": [[1, 2]], "name": "é"}
+    )
     with pytest.raises(Damaged, match="its manifest is of step 7"):
         opened(SEALED, 8)
 
@@ -68,7 +70,7 @@ def test_nothing_can_be_missing(key):
 
 
 def test_a_manifest_older_than_fingerprints_has_none():
-    assert opened({"recipe": {}, "arrays": ARRAYS}, 7) == Manifest(ARRAYS, None)
+    assert opened({"recipe": {}, "arrays": ARRAYS}, 7) == Manifest(ARRAYS, None, {})
 
 
 def test_differences_are_the_paths_that_are_not_alike():

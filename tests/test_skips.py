@@ -20,6 +20,7 @@ from lmjax.metrics import read_metrics
 from lmjax.optim import AdamW
 from lmjax.sparse import Drawn
 from lmjax.step import State, make_train_step
+from lmjax.steps import all_steps
 from lmjax.workdir import refuse_skipping_the_past
 
 # --- the step -------------------------------------------------------------------------------------
@@ -207,9 +208,14 @@ def test_a_run_stops_names_the_documents_and_goes_on_without_them(tmp_path):
     shown, _ = lmjax("batch", str(file), "--tiny", f"--workdir={workdir}", "6", "--json")
     assert json.loads(shown) == batches[0]
 
+    # What follows a skipped update is no step to go on from, and retires none that is.
+    out, err = lmjax(*command("--max_skipped=3", "--save_every=1"), code=2)
+    assert "step 6 is not saved: its update was skipped" in out and "saved step 6" not in out
+    assert "the newest good step is 5" in err and all_steps(workdir) == [4, 5]
+
     keys = ("--skip_batches=6:9", "--allow=skip_batches")
     out, _ = lmjax(*command(*keys))
-    assert "resumed at step 4" in out and "is skipped" not in out
+    assert "resumed at step 5" in out and "is skipped" not in out
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines][-1] == 8 and np.isfinite(lines[-1]["loss"])
 

@@ -79,7 +79,7 @@ def test_killed_run_ends_bit_equal_to_an_unbroken_one(seed, text, unbroken, tmp_
     same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_exits_0_and_the_run_goes_on(number, text, unbroken, tmp_path):
     process = start(*tiny(tmp_path, text, *STEPS))
     for line in process.stdout:
@@ -93,6 +93,19 @@ def test_signal_saves_and_exits_0_and_the_run_goes_on(number, text, unbroken, tm
     lmjax(*tiny(tmp_path, text, *STEPS))
     params_1, params_2 = final_state(unbroken)[1], final_state(tmp_path)[1]
     assert all(np.array_equal(params_1[k], params_2[k]) for k in params_1)
+
+
+def test_a_score_that_a_stop_left_out_is_made_when_the_run_goes_on(text, unbroken, tmp_path):
+    """The last step before a stop is not scored: who stops a run is in a hurry."""
+    lmjax(*tiny(tmp_path, text, *STEPS, "--until=12"))  # which scores; a signal would not have
+    lines = deterministic(tmp_path)
+    assert lines[-1]["step"] == 12 and "held_out_loss" in lines[-1]
+    path = tmp_path / "metrics.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept[-1] = {k: v for k, v in kept[-1].items() if not k.startswith("held_out")}
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    lmjax(*tiny(tmp_path, text, *STEPS))
+    same_run(unbroken, tmp_path)
 
 
 def test_resuming_another_recipe_is_refused_with_the_difference(text, unbroken):

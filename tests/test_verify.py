@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verify`: which steps of a run directory are what was saved, without its experiment file."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from test_damage import edit, empty, flip_values, state_at, target
 import lmjax.checkpoint
 from lmjax import sharding
 from lmjax.__main__ import main
+from lmjax.checkpoint import Finding, examine
 from lmjax.sharding import Layout
 from lmjax.steps import all_steps, damaged_folders, folder
 from lmjax.verify import unequal_arrays
@@ -76,6 +78,30 @@ def test_a_folder_without_steps_is_an_error(tmp_path, capsys):
     (folder(tmp_path) / "damaged-3-x").mkdir(parents=True)
     assert main(["verify", str(tmp_path)]) == 2
     assert "only steps that were set aside: damaged-3-x" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_not_the_saved_one_is_found(three, tmp_path, capsys):
+    shutil.copytree(three, tmp_path / "run")
+    run = {"model": {"heads": 2}, "data": {}, "loss": {}, "optim": {}}
+    for heads, code in ((2, 0), (1, 2)):
+        run["model"]["heads"] = heads
+        (tmp_path / "run/recipe.json").write_text(json.dumps({"run": run}))
+        monkey = lambda _: (1000, {"model": {"heads": 2}})  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lmjax.verify.saved_recipe", monkey)
+            assert main(["verify", str(tmp_path / "run")]) == code
+    assert "model.heads is 1, and 2 was saved" in capsys.readouterr().err
+
+
+def test_a_step_that_vanishes_meanwhile_is_not_counted(workdir, capsys, monkeypatch):
+    def gone(where: Path, step: int) -> Finding:
+        if step == 1:
+            shutil.rmtree(folder(where) / "1")
+        return examine(where, step)
+
+    monkeypatch.setattr("lmjax.verify.examine", gone)
+    assert main(["verify", str(workdir)]) == 0
+    assert "2 of 2 steps are good" in capsys.readouterr().out
 
 
 def test_it_asks_nothing_of_an_accelerator(workdir):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run folders: what is refused as one, what is damaged in one, and output that nobody reads."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from lmjax import recipe
 from lmjax.__main__ import main
 from lmjax.data import local_folder
 from lmjax.workdir import keep_tokenizer, read_json, recorded_run, refuse_other_recipe
+from lmjax.workdir import write_text as write_text_whole
 
 DEMO = str(Path(__file__).parent.parent / "experiments/demo.py")
 VERBS = (
@@ -97,6 +99,70 @@ def test_a_run_is_not_gone_on_with_in_the_tokens_of_another_text(tmp_path: Path)
     assert (workdir / "tokenizer" / "description.json").read_bytes() == kept
     keep_tokenizer(workdir / "data" / "tokenizer", tmp_path / "new")  # nothing trained there yet
     assert read_json(tmp_path / "new/tokenizer/description.json") != json.loads(kept)
+
+
+def test_records_that_were_edited_or_a_start_that_is_refused_change_nothing(tmp_path: Path):
+    text, workdir = write_text(tmp_path), tmp_path / "run"
+    lmjax(*tiny(workdir, text, "--steps=2"))
+    path = workdir / "recipe.json"
+    kept = path.read_text()
+    # Refused by its checkpoint, after the recipe was let pass.
+    deeper = ("--steps=3", "--model.depth=3", "--allow=model.depth")
+    _, err = lmjax(*tiny(workdir, text, *deeper), code=2)
+    assert "does not fit the model" in err and path.read_text() == kept
+    # Edited: what was trained with it is sealed in the step.
+    path.write_text(kept.replace('"heads": 2', '"heads": 1'))
+    for command in (
+        tiny(workdir, text, "--steps=3", "--model.heads=1"),
+        ("evaluate", DEMO, "--tiny", f"--workdir={workdir}"),
+        ("verify", str(workdir)),
+    ):
+        _, err = lmjax(*command, code=2)
+        assert f"{path} is not the recipe that step 2 was saved with" in err
+        assert "model.heads is 1, and 2 was saved" in err
+    path.write_text(kept)
+    # Changed with leave, and not saved since.
+    more = ("--steps=2", "--seed=7", "--allow=seed")
+    lmjax(*tiny(workdir, text, *more))
+    assert read_json(path)["allowed"] == ["seed"] and recorded_run(workdir)["seed"] == 7
+    lmjax("verify", str(workdir))
+    lmjax(*tiny(workdir, text, "--steps=3", "--seed=7"))
+    assert "allowed" in read_json(path)  # step 2, which it began with, had another
+
+
+def test_a_run_is_not_gone_on_with_in_another_text(tmp_path: Path):
+    """Though the tokeniser, which was given, is the same."""
+    text, first, workdir = write_text(tmp_path), tmp_path / "first", tmp_path / "run"
+    lmjax(*tiny(first, text, "--steps=1"))
+    given = f"--data.tokenizer.path={first / 'tokenizer/sentencepiece.model'}"
+    lmjax(*tiny(workdir, text, "--steps=2", given))
+    shutil.rmtree(workdir / "data")
+    lmjax(*tiny(workdir, text, "--steps=3", given))  # built again from the same text
+    shutil.rmtree(workdir / "data")
+    text.write_text(text.read_text().replace("cat", "dog"))
+    _, err = lmjax(*tiny(workdir, text, "--steps=4", given), code=2)
+    assert "holds other tokens than those that" in err and "--allow=data" in err
+    out, _ = lmjax(*tiny(workdir, text, "--steps=4", given, "--allow=data"))
+    assert "resumed at step 3" in out
+
+
+def test_metrics_without_a_step_are_not_passed_over_in_silence(tmp_path: Path):
+    text, workdir = write_text(tmp_path), tmp_path / "run"
+    lmjax(*tiny(workdir, text, "--steps=2"))
+    shutil.rmtree(workdir / "checkpoints")
+    out, _ = lmjax(*tiny(workdir, text, "--steps=2"))
+    assert f"{workdir} holds metrics, but no step: starting from the beginning" in out
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_no_half(tmp_path: Path, monkeypatch):
+    def full(self: Path, text: str, **_: str) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device: '.*/report.json'"):
+        write_text_whole(tmp_path / "report.json", "{}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_outlives_the_reader_of_its_output(tmp_path: Path):
