@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,9 +36,12 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return 2
-    except RuntimeError:  # JAX's, where a process that it waited for is gone
-        hosts.wait_for_news()
-        raise
+    except RuntimeError as error:  # JAX's
+        hosts.wait_for_news()  # of a process that it waited for, and that is gone
+        if not (said := _out_of_memory(str(error))) or os.environ.get("LMJAX_DEBUG"):
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -53,6 +57,17 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return redacted(f"{os.fsdecode(error.filename)}: {error.strerror}")
     return redacted(str(error))
+
+
+def _out_of_memory(said: str) -> str:
+    """What to do where JAX says that a device's memory is full; empty where it does not."""
+    if "RESOURCE_EXHAUSTED" not in said and "out of memory" not in said.lower():
+        return ""
+    asked = re.search(r"allocat\w+ ([0-9.]+ ?[KMGT]?i?B|\d+ bytes)", said)
+    return (
+        f"out of memory{f', allocating {asked[1]}' if asked else ''}: take a smaller --batch, more"
+        " --accumulate, --model.remat=full or more devices (--mesh.fsdp); `plan` says what fits"
+    )
 
 
 def _quiet_libraries() -> None:

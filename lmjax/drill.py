@@ -7,6 +7,7 @@ processes batches are equal to the bit and losses within `CLOSE`. Controls, anot
 skipped batch, must differ, or the comparison would prove nothing.
 """
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -93,8 +94,10 @@ def drill(
     drilled = _Drill(run, steps, trainer, random.Random(seed), say)
     verdict = drilled.verdict
     try:
-        _try_all(drilled, kills)
+        with _interruptible():
+            _try_all(drilled, kills)
     except KeyboardInterrupt:
+        trainer.kill()
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -106,6 +109,18 @@ def drill(
         shutil.rmtree(folder)
     say(verdict.sentence())
     return not verdict.failed
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM as KeyboardInterrupt, so that nothing is left running or lying about."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _try_all(drilled: "_Drill", kills: int) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,14 @@ class Trainer:
       folder: holds a run directory and a witness for every name.
       timeout: seconds after which a process counts as stuck.
       env: the environment of `train`; None is this process's.
+      started: all that was, for `kill`.
     """
 
     arguments: tuple[str, ...]
     folder: Path
     timeout: float
     env: Mapping[str, str] | None = None
+    started: "list[subprocess.Popen[bytes]]" = field(default_factory=list, repr=False)
 
     def workdir(self, name: str) -> Path:
         """The run directory of that name."""
@@ -67,10 +69,6 @@ class Trainer:
             process.popen.kill()
             process.popen.wait()
             code = f"stuck for {self.timeout:g} s"
-        except KeyboardInterrupt:
-            process.popen.kill()
-            process.popen.wait()
-            raise
         printed = process.log.read_text("utf-8", errors="replace")
         if code:
             end = "\n".join(line[:200] for line in re.split(r"[\r\n]+", printed.strip())[-12:])
@@ -96,7 +94,15 @@ class Trainer:
         log = self.folder / f"{name}.{len(list(self.folder.glob(f'{name}.*.log')))}.log"
         with open(log, "wb") as printed:
             popen = subprocess.Popen(command, env=env, stdout=printed, stderr=subprocess.STDOUT)
+        self.started.append(popen)
         return Process(popen, log)
+
+    def kill(self) -> None:
+        """Ends what was started and still runs."""
+        for popen in self.started:
+            if popen.poll() is None:
+                popen.kill()
+                popen.wait()
 
     def together(self, name: str, count: int, devices: int, *keys: str) -> None:
         """Trains as `count` processes over loopback, each with so many CPU devices."""
@@ -144,16 +150,12 @@ class Trainer:
     def _wait(self, process: "Process", come: Callable[[], bool]) -> bool:
         """Whether it came before the process ended. Errors: ValueError after the timeout."""
         deadline = time.monotonic() + self.timeout
-        try:
-            while process.popen.poll() is None:
-                if come():
-                    return True
-                if time.monotonic() > deadline:
-                    self.finish(process)
-                time.sleep(_POLL)
-        except KeyboardInterrupt:
-            process.popen.kill()
-            raise
+        while process.popen.poll() is None:
+            if come():
+                return True
+            if time.monotonic() > deadline:
+                self.finish(process)
+            time.sleep(_POLL)
         return False
 
     def _witness(self, name: str) -> Path:

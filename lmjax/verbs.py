@@ -52,7 +52,7 @@ def _train(arguments: argparse.Namespace, keys: Assignments) -> None:
     with contextlib.redirect_stdout(Unbreakable(sys.stdout)), one_voice():
         train(
             run, folder("workdir", arguments.workdir), about(arguments), allow,
-            compiled=folder("compiled", arguments.compiled) if arguments.compiled else None,
+            compiled=None if arguments.compiled is None else folder("compiled", arguments.compiled),
             stop_at=arguments.until, witness=witness,
         )  # fmt: skip
 

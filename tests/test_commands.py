@@ -216,3 +216,10 @@ def test_a_batch_that_the_step_would_fetch_itself_is_refused(train_here, monkeyp
     monkeypatch.setattr(training, "batches", unplaced)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train_here()
+
+
+def test_a_model_that_no_memory_holds_is_said_in_one_line(tmp_path):
+    wide = ("--model.width=65536", "--model.heads=64", "--steps=1")
+    _, err = lmjax(*tiny(tmp_path / "run", write_text(tmp_path), *wide), code=2)
+    assert err.startswith("error: out of memory, allocating ") and "--mesh.fsdp" in err
+    assert len(err.splitlines()) == 1

@@ -6,10 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from commands import lmjax, write_text
+from commands import lmjax, start, write_text
+from processes import descendants, wait_until_gone
 
 from lmjax import recipe
 from lmjax.drill import Verdict, drill
@@ -109,6 +111,21 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     _, errors = lmjax("drill", "experiments/demo.py", "--tiny", *few, code=2)
     assert "--steps=9: a drill with --kills=2 needs at least 10 steps" in errors
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_drill_leaves_nothing(number, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = start("drill", "experiments/demo.py", "--tiny", "--steps=2000000")
+    assert process.stdout is not None and process.stdout.readline().startswith("straight")
+    while not list(tmp_path.glob("lmjax-drill-*/straight")):  # made by the first run
+        time.sleep(0.05)
+    runs = descendants(process.pid) - {process.pid}
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert runs and not wait_until_gone(runs, 10)
+    assert not list(tmp_path.glob("lmjax-drill-*"))
 
 
 def test_a_signal_waits_for_a_step_of_the_start_that_it_is_sent_to(tmp_path, monkeypatch):
