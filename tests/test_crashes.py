@@ -33,10 +33,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def start(script: str) -> subprocess.Popen[str]:
+def start(script: str, before: str = "") -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-c", HEAD + script], stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-c", before + HEAD + script], stdout=pipe, stderr=pipe, text=True
     )
 
 
@@ -82,15 +82,32 @@ def test_a_crash_that_cannot_be_written_down_ends_it():
     assert child.returncode == 128 + signal.SIGSEGV and err.count("going on without it") == 1
 
 
-@pytest.mark.parametrize("crash", ["", "os.kill(os.getpid(), signal.SIGSEGV)"])
-def test_a_request_to_end_reaches_the_child(crash: str):
-    """Also one that began after a crash."""
-    child = start(f"""
+# The child is there long before its parent goes on.
+SLOW = """
+import os, time
+fork = os.fork
+def slow():
+    child = fork()
+    time.sleep(0.5 if child else 0)
+    return child
+os.fork = slow
+"""
+
+
+@pytest.mark.parametrize(
+    ("crash", "before"), [("", ""), ("", SLOW), ("os.kill(os.getpid(), signal.SIGSEGV)", "")]
+)
+def test_a_request_to_end_reaches_the_child(crash: str, before: str):
+    """Also one that began after a crash, and before its parent could wait for it."""
+    child = start(
+        f"""
 if not kept.read("a"):
     with crashes.compiling("a"):
         {crash or "pass"}
 print(os.getpid(), flush=True); time.sleep(60)
-""")
+""",
+        before,
+    )
     assert child.stdout is not None
     inner = int(child.stdout.readline())
     child.terminate()

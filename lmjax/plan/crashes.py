@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -25,14 +26,20 @@ def outlive() -> None:
     refused = ""
     while True:
         reading, writing = os.pipe()
+        # Until both know what to do with them: one that came between would end this process alone.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         child = os.fork()
         if not child:
             os.close(reading)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             _parent = os.fdopen(writing, "wb", buffering=0)
             return
         os.close(writing)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+        signal.signal(signal.SIGTERM, partial(_pass_on, child))
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code, compiling = _wait(child, reading)
         # The same one again: it could not be written down.
         if -code not in _CRASHES or compiling in ("", refused):
@@ -42,10 +49,13 @@ def outlive() -> None:
         _refuse(refused := compiling, name)
 
 
+def _pass_on(child: int, number: int, _: object) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(child, number)
+
+
 def _wait(child: int, reading: int) -> tuple[int, str]:
-    """How a child ended, and the program that it was compiling then; signals are the child's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    """How a child ended, and the program that it was compiling then."""
     with os.fdopen(reading, "rb") as pipe:
         told = pipe.read().decode()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
