@@ -73,6 +73,8 @@ def _answer(place: Place, deadline: float, seconds: float) -> None:
                     wrong = f"two processes say --process={index} ({here[index]}, {host})"
                 else:
                     here[index], others[index] = host, other
+                for ended in [i for i, one in others.items() if _gone(one)]:
+                    del here[ended], others[ended]  # and is missed until it comes again
         missing = [i for i in range(place.count) if i not in here]
         for other in to_tell:
             with contextlib.suppress(OSError):

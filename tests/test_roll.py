@@ -70,10 +70,11 @@ def test_a_process_that_is_started_again_while_it_waits_is_no_second_one():
         time.sleep(0.3)
     others = [
         threading.Thread(target=call_the_roll, args=(Place(place.address, 3, index), 20))
-        for index in (1, 2)
+        for index in (2, 1)  # with the second all would be there, but for the one that ended
     ]
     for other in others:
         other.start()
+        time.sleep(0.3)
     for other in (*others, thread):
         other.join()
     assert said == []
