@@ -202,8 +202,7 @@ def saved_recipe(workdir: Path) -> tuple[int, dict[str, Any]]:
     """(step, recipe as JSON) of the newest step whose manifest can be read; (0, {}) of none."""
     for step in reversed(all_steps(workdir)):
         with contextlib.suppress(Damaged):
-            content, _ = disk.describe(folder(workdir) / str(step))
-            return step, manifest.opened(content, step).recipe
+            return step, _described(folder(workdir) / str(step), step)[0].recipe
     return 0, {}
 
 

@@ -92,15 +92,15 @@ def drill(
         raise ValueError(f"{folder} is not empty; a drill needs a folder of its own")
     trainer = Trainer(tuple(arguments), folder, timeout=1800, env=env)
     drilled = _Drill(run, steps, trainer, random.Random(seed), say)
-    verdict = drilled.verdict
     try:
         with _interruptible():
-            _try_all(drilled, kills)
+            drilled.everything(kills)
     except KeyboardInterrupt:
         trainer.kill()
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    verdict = drilled.verdict
     for failure in verdict.failed:
         say(f"FAILED {failure}")
     if verdict.failed:
@@ -121,22 +121,6 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def _try_all(drilled: "_Drill", kills: int) -> None:
-    """All parts, one after the other; a part that cannot go on fails, and the next one is tried."""
-    verdict = drilled.verdict
-    for part in (
-        drilled.straight, lambda: drilled.stops(kills), drilled.damage, drilled.controls,
-        drilled.meshes, drilled.processes,
-    ):  # fmt: skip
-        try:
-            part()
-        except ValueError as error:
-            verdict.check("run", str(error))
-            drilled.say("  FAILED, see below")
-        if not verdict.held:
-            break  # without the straight run there is nothing to compare with
 
 
 def _typed(arguments: Sequence[str]) -> bool:
@@ -162,6 +146,20 @@ class _Drill:
         self.run, self.draw, self.say = run, draw, say
         self.trainer = dataclasses.replace(trainer, arguments=trainer.arguments + keys)
         self.verdict = Verdict()
+
+    def everything(self, kills: int) -> None:
+        """All parts; where one cannot go on it fails, and the next one is tried."""
+        for part in (
+            self.straight, lambda: self.stops(kills), self.damage, self.controls,
+            self.meshes, self.processes,
+        ):  # fmt: skip
+            try:
+                part()
+            except ValueError as error:
+                self.verdict.check("run", str(error))
+                self.say("  FAILED, see below")
+            if not self.verdict.held:
+                break  # without the straight run there is nothing to compare with
 
     def straight(self) -> None:
         """The run that nothing happens to."""

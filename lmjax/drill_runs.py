@@ -115,8 +115,7 @@ class Trainer:
             for process in processes:
                 self.finish(process)
         finally:
-            for process in processes:
-                process.popen.kill()
+            self.kill()
 
     def stopped(self, name: str, number: int, step: int, delay: float, saving: bool) -> bool:
         """Trains until a step, or the next save after it, then sends a signal.

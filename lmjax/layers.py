@@ -73,10 +73,7 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
 def check_sizes(model: Any, *names: str) -> None:
     """Raises ValueError for sizes (and `names`) below 1, rates outside [0, 1), heads that do not
     divide the width, and what `check_ranges` refuses."""
-    for name in ("vocab", "context", "depth", "width", "heads", *names):
-        if getattr(model, name) < 1:
-            raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
-    check_ranges(model)
+    check_ranges(model, "vocab", "context", "depth", "width", "heads", *names)
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}: a rate from 0 up to 1")
@@ -84,9 +81,12 @@ def check_sizes(model: Any, *names: str) -> None:
         raise ValueError(f"model.width={model.width} is not a multiple of heads={model.heads}")
 
 
-def check_ranges(model: Any) -> None:
-    """Raises ValueError for whole numbers and deviations of a model below 0, sizes that no array
-    has, and depths that no compiler ends with."""
+def check_ranges(model: Any, *names: str) -> None:
+    """Raises ValueError for `names` below 1, other whole numbers and deviations of a model below 0,
+    sizes that no array has, and depths that no compiler ends with."""
+    for name in names:
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
     for field in dataclasses.fields(model):
         name, value = field.name, getattr(model, field.name)
         if type(value) is int:

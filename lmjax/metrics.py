@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.recipe import strict
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 _FLUSH_SECONDS = 5
@@ -46,7 +48,7 @@ class MetricsWriter:
         assert step > self._last_step, f"step {step} after step {self._last_step}"
         assert "step" not in values, "the step is an argument of its own"
         plain = {name: _plain(value) for name, value in values.items()}
-        record = {"step": int(step)} | {name: _strict(value) for name, value in plain.items()}
+        record = {"step": int(step)} | {name: strict(value) for name, value in plain.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
@@ -201,10 +203,3 @@ def _has_step(record: Mapping[str, Any]) -> bool:
 def _plain(value: Any) -> int | float:
     """The Python number of a Python, numpy or device scalar."""
     return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def _strict(value: int | float) -> int | float | str:
-    # json.dumps would write the bare words NaN and Infinity, which are not JSON.
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

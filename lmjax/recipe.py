@@ -303,15 +303,20 @@ def defaults(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def dump(tree: Any) -> str:
     """JSON text as every file of a run directory writes it; a NaN is "NaN", as in metrics.jsonl."""
-    text = json.dumps(_strict(tree), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(each_leaf(tree, strict), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # Names of files that are no UTF-8 hold lone surrogates, which no file can, but an escape.
     return re.sub("[\ud800-\udfff]", lambda lone: ascii(lone[0])[1:-1], text)
 
 
-def _strict(tree: Any) -> Any:
-    """Numbers that are not finite as texts: JSON has no words for them."""
+def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """JSON with every value that is no object and no list changed."""
     if isinstance(tree, dict):
-        return {key: _strict(value) for key, value in tree.items()}
+        return {key: each_leaf(value, change) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_strict(value) for value in tree]
-    return json.dumps(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
+        return [each_leaf(value, change) for value in tree]
+    return change(tree)
+
+
+def strict(value: Any) -> Any:
+    """A number that is not finite as a text, any other value as it is: JSON has no word for one."""
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value

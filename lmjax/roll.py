@@ -65,16 +65,16 @@ def _answer(place: Place, deadline: float, seconds: float) -> None:
                 if index < 1 or index >= count:
                     continue
                 to_tell.append(other)
+                for ended in [i for i, one in others.items() if _gone(one)]:
+                    del here[ended], others[ended]  # and is missed until it comes again
                 if count != place.count:
                     wrong = (
                         f"process {index} was told of {count} processes, process 0 of {place.count}"
                     )
-                elif index in others and not _gone(others[index]):
+                elif index in others:
                     wrong = f"two processes say --process={index} ({here[index]}, {host})"
                 else:
                     here[index], others[index] = host, other
-                for ended in [i for i, one in others.items() if _gone(one)]:
-                    del here[ended], others[ended]  # and is missed until it comes again
         missing = [i for i in range(place.count) if i not in here]
         for other in to_tell:
             with contextlib.suppress(OSError):

@@ -281,9 +281,10 @@ class Recorder:
 
     def unscored(self, step: int) -> bool:
         """Whether a score was due after `step`, and its line has none."""
-        last = {"step": 0, **dict(*read_metrics(self._workdir)[-1:])}
-        due = step > 0 and _due(step, self._run.evaluate_every)
-        return due and last["step"] == step and "held_out_loss" not in last
+        if step == 0 or not _due(step, self._run.evaluate_every):
+            return False
+        last = read_metrics(self._workdir)[-1:]
+        return any(line["step"] == step and "held_out_loss" not in line for line in last)
 
     def scored(self, step: int, held_out: dict[str, float]) -> None:
         """The validation scores of the last line, late."""

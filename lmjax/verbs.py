@@ -163,15 +163,11 @@ def _describe(arguments: argparse.Namespace, keys: Assignments) -> None:
     from lmjax.document import redacted
     from lmjax.run import describe
 
-    def shown(tree: Any) -> Any:
-        """JSON without the secrets in the URLs of its texts."""
-        if isinstance(tree, dict):
-            return {key: shown(value) for key, value in tree.items()}
-        if isinstance(tree, list):
-            return [shown(value) for value in tree]
-        return redacted(tree) if isinstance(tree, str) else tree
+    def shown(value: Any) -> Any:
+        """Without the secrets in URLs."""
+        return redacted(value) if isinstance(value, str) else value
 
-    resolved, summary = shown(recipe.to_json(run)), describe(run)
+    resolved, summary = recipe.each_leaf(recipe.to_json(run), shown), describe(run)
     if not arguments.json:
         print(redacted(about(arguments)["description"]) + "\n")
         for key, value in recipe.flatten(resolved):

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes as one run: their places, the roll, and two that train over 127.0.0.1."""
+"""Several processes as one run: their places, and two that train over 127.0.0.1."""
 
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from commands import DEMO, ROOT, environment, lmjax, write_text
 from processes import beyond_loopback, listening
 
 from lmjax.drill_runs import free_port
-from lmjax.hosts import Place, call_the_roll, found, join
+from lmjax.hosts import Place, found, join
 from lmjax.metrics import read_metrics
 
 SLURM = {"SLURM_JOB_ID": "70001", "SLURM_NTASKS": "8", "SLURM_PROCID": "5"}
@@ -74,60 +71,6 @@ def test_flags_win_over_the_environment():
         join(four, (None, None, "9"))
     with pytest.raises(ValueError, match="LMJAX_PROCESSES, LMJAX_PROCESS must be .*--processes"):
         join(GKE, ("h:1", None, None))
-
-
-# --- the roll -------------------------------------------------------------------------------------
-
-
-def roll(count: int, who: list[int], seconds: float) -> dict[int, str]:
-    """What each process that started was told: nothing, or an error."""
-    address, told = f"127.0.0.1:{free_port()}", {}
-
-    def one(index: int) -> None:
-        try:
-            call_the_roll(Place(address, count, index), seconds)
-            told[index] = ""
-        except ValueError as error:
-            told[index] = str(error)
-
-    threads = [threading.Thread(target=one, args=(index,)) for index in who]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    return told
-
-
-def test_the_roll_is_complete_in_any_order():
-    assert roll(4, [3, 1, 0, 2], 20) == dict.fromkeys(range(4), "")
-
-
-def test_who_is_missing_is_said_to_all_who_came():
-    told = roll(4, [0, 2], 1)
-    assert "2 of 4 processes started within 1 s; missing: 1, 3; here: 0 (" in told[0]
-    assert "2 of 4 processes started within 1 s; missing: 1, 3" in told[2]
-
-
-def test_a_first_process_that_is_not_there_is_named_with_its_address():
-    (told,) = roll(2, [1], 0.5).values()
-    assert re.search(r"process 1 of 2 waited 0.5 s for process 0 at 127\.0\.0\.1:\d+", told)
-
-
-def test_strangers_at_the_port_are_no_process_of_the_run():
-    place = Place(f"127.0.0.1:{free_port()}", 2, 0)
-
-    def stranger() -> None:
-        time.sleep(0.3)
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": 0, "count": 2}\n', b"[" * 4000):
-            with socket.create_connection(("127.0.0.1", int(place.address.split(":")[1]))) as s:
-                s.sendall(said)
-
-    thread = threading.Thread(target=stranger)
-    thread.start()
-    with pytest.raises(ValueError, match="missing: 1"):
-        call_the_roll(place, 1.5)
-    thread.join()
 
 
 # --- two processes --------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roll: what processes are told at once, before the wait for the missing is over."""
+"""The roll: what processes are told, at once or when the wait for the missing is over."""
 
 import json
 import re
@@ -106,3 +106,34 @@ def test_what_cannot_be_is_named_as_it_was_typed(flags, message):
     env = {"LMJAX_COORDINATOR": "h:1", "LMJAX_PROCESSES": "4"}
     with pytest.raises(ValueError, match=re.escape(message)):
         join(env, flags)
+
+
+def test_the_roll_is_complete_in_any_order():
+    assert told((3, 4), (1, 4), (0, 4), (2, 4), seconds=20) == [""] * 4
+
+
+def test_who_is_missing_is_said_to_all_who_came():
+    first, third = told((0, 4), (2, 4), seconds=1)
+    assert "2 of 4 processes started within 1 s; missing: 1, 3; here: 0 (" in first
+    assert "2 of 4 processes started within 1 s; missing: 1, 3" in third
+
+
+def test_a_first_process_that_is_not_there_is_named_with_its_address():
+    (said,) = told((1, 2), seconds=0.5)
+    assert re.search(r"process 1 of 2 waited 0.5 s for process 0 at 127\.0\.0\.1:\d+", said)
+
+
+def test_strangers_at_the_port_are_no_process_of_the_run():
+    place = Place(f"127.0.0.1:{free_port()}", 2, 0)
+
+    def stranger() -> None:
+        time.sleep(0.3)
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": 0, "count": 2}\n', b"[" * 4000):
+            with socket.create_connection(("127.0.0.1", int(place.address.split(":")[1]))) as s:
+                s.sendall(said)
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    with pytest.raises(ValueError, match="missing: 1"):
+        call_the_roll(place, 1.5)
+    thread.join()

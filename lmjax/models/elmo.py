@@ -218,10 +218,7 @@ class _Words(nn.Module):
 
 
 def _check(model: ELMo) -> None:
-    for name in ("vocab", "depth", "cells", "width", "embedding"):
-        if getattr(model, name) < 1:
-            raise ValueError(f"model.{name}={getattr(model, name)}: must be at least 1")
-    check_ranges(model)
+    check_ranges(model, "vocab", "depth", "cells", "width", "embedding")
     for name in ("cell_clip", "projection_clip", "distinct"):
         if getattr(model, name) < 0:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be 0 or more")
