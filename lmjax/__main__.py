@@ -141,5 +141,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     if sys.argv[1:2] == ["plan"]:
         crashes.outlive()
-    signal.signal(signal.SIGINT, _leave)
+    else:
+        signal.signal(signal.SIGINT, _leave)
     sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,6 @@
 """A compiler that ends its process ends neither a plan nor a search."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -94,10 +93,18 @@ os.fork = slow
 """
 
 
+def ended(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize(
     ("crash", "before"), [("", ""), ("", SLOW), ("os.kill(os.getpid(), signal.SIGSEGV)", "")]
 )
-def test_a_request_to_end_reaches_the_child(crash: str, before: str):
+def test_a_request_to_end_ends_the_child_as_well(number: signal.Signals, crash: str, before: str):
     """Also one that began after a crash, and before its parent could wait for it."""
     child = start(
         f"""
@@ -108,16 +115,19 @@ print(os.getpid(), flush=True); time.sleep(60)
 """,
         before,
     )
-    assert child.stdout is not None
-    inner = int(child.stdout.readline())
-    child.terminate()
-    child.communicate(timeout=30)
-    assert child.returncode == 128 + signal.SIGTERM
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{inner}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    with pytest.raises(ProcessLookupError):
-        os.kill(inner, 0)
+    with child:
+        assert child.stdout is not None
+        inner = int(child.stdout.readline())
+        child.send_signal(number)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 128 + number and err.endswith("\ninterrupted\n")
+    assert ended(inner)
+
+
+def test_one_whose_starter_ignores_its_children_sees_its_own_end():
+    child = start("sys.exit(2)", "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)")
+    child.communicate(timeout=60)
+    assert child.returncode == 2
 
 
 @needs_compiler

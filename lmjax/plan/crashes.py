@@ -5,42 +5,41 @@ again; what was compiled before is kept, and that program is refused from then o
 """
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from functools import partial
-from typing import BinaryIO
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-_parent: BinaryIO | None = None
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LONGEST_NAME = 256
+_told: mmap.mmap | None = None  # what is compiled, in memory that outlives a crash
 
 
 def outlive() -> None:
     """Returns in a child process; this one waits for it, and exits as it did.
 
-    Called while the process has one thread.
+    SIGINT, SIGTERM and SIGHUP end both at once, also inside the compiler. Called while the process
+    has one thread.
     """
-    global _parent
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    global _told
+    told = mmap.mmap(-1, _LONGEST_NAME)
     refused = ""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some starters leave it, none comes
+    # Taken one after the other by `_wait`, whenever they come. A handler would run between two
+    # lines of Python only: not while this process is blocked.
+    taken = {signal.SIGCHLD} | {n for n in _ENDING if signal.getsignal(n) != signal.SIG_IGN}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
     while True:
-        reading, writing = os.pipe()
-        # Until both know what to do with them: one that came between would end this process alone.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
         child = os.fork()
         if not child:
-            os.close(reading)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            _parent = os.fdopen(writing, "wb", buffering=0)
+            _told = told
             return
-        os.close(writing)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
-        signal.signal(signal.SIGTERM, partial(_pass_on, child))
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code, compiling = _wait(child, reading)
+        code = _wait(child, taken)
+        compiling = told[:].rstrip(b"\0").decode()
         # The same one again: it could not be written down.
         if -code not in _CRASHES or compiling in ("", refused):
             sys.exit(code if code >= 0 else 128 - code)
@@ -49,17 +48,17 @@ def outlive() -> None:
         _refuse(refused := compiling, name)
 
 
-def _pass_on(child: int, number: int, _: object) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-        os.kill(child, number)
-
-
-def _wait(child: int, reading: int) -> tuple[int, str]:
-    """How a child ended, and the program that it was compiling then."""
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, told.rpartition("\n")[2]
+def _wait(child: int, taken: set[signal.Signals]) -> int:
+    """How a child ended. A signal to end ends it and this process."""
+    while (number := signal.sigwait(taken)) == signal.SIGCHLD:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+    os.kill(child, signal.SIGKILL)  # at others libtpu writes down its stack
+    os.waitpid(child, 0)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        os.write(2, b"\ninterrupted\n")
+    os._exit(128 + number)
 
 
 def _refuse(name: str, crash: str) -> None:
@@ -75,9 +74,9 @@ def compiling(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _tell("\n")
+        _tell("")
 
 
-def _tell(text: str) -> None:
-    if _parent is not None:
-        _parent.write(text.encode())
+def _tell(name: str) -> None:
+    if _told is not None:
+        _told[:] = name.encode().ljust(_LONGEST_NAME, b"\0")
