@@ -41,7 +41,7 @@ test: $(VENV)/.ready-test
 	$(RUN) -m pytest -n 2 -q
 
 test-slow: $(VENV)/.ready-test
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -n 2 -q -m slow
 
 lint: $(VENV)/.ready-test
 	$(PIP) -r requirements-dev.txt

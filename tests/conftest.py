@@ -5,8 +5,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from commands import COMPILE_FASTER
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_FASTER}"
 # More threads than the one per device: XLA may start independent collectives of a step in another
 # order on each device, which then wait for each other for ever; this makes that rarer.
 os.environ.setdefault("PJRT_NPROC", "64")

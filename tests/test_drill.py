@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import lmjax, start, write_text
+from commands import COMPILE_FASTER, lmjax, start, write_text
 from processes import descendants, wait_until_gone
 
 from lmjax import recipe
@@ -29,7 +29,7 @@ def text(tmp_path_factory) -> Path:
 def test_a_recipe_of_each_family_passes(name, tmp_path):
     out, _ = lmjax(
         "drill", f"experiments/{name}.py", "--tiny", "--kills=1", "--steps=24",
-        f"--folder={tmp_path / 'drill'}",
+        f"--folder={tmp_path / 'drill'}", flags=COMPILE_FASTER,
     )  # fmt: skip
     last = out.strip().split("\n")[-1]
     assert re.fullmatch(
