@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DEMO = "experiments/demo.py"
-# LLVM's lowest level that vectorises: compiles a fifth faster, and the suite compiles a lot.
+# Fewer of LLVM's passes: compiles a fifth faster, and the suite compiles a lot.
 COMPILE_FASTER = "--xla_backend_optimization_level=1"
 
 

@@ -9,6 +9,8 @@ import mmap
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -20,8 +22,8 @@ _told: mmap.mmap | None = None  # what is compiled, in memory that outlives a cr
 def outlive() -> None:
     """Returns in a child process; this one waits for it, and exits as it did.
 
-    SIGINT, SIGTERM and SIGHUP end both at once, also inside the compiler. Called while the process
-    has one thread.
+    SIGINT, SIGTERM and SIGHUP end both at once, also inside the compiler; SIGKILL within a second.
+    Called while the process has one thread.
     """
     global _told
     told = mmap.mmap(-1, _LONGEST_NAME)
@@ -31,11 +33,13 @@ def outlive() -> None:
     # lines of Python only: not while this process is blocked.
     taken = {signal.SIGCHLD} | {n for n in _ENDING if signal.getsignal(n) != signal.SIG_IGN}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+    parent = os.getpid()
     while True:
         child = os.fork()
         if not child:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
             _told = told
             return
         code = _wait(child, taken)
@@ -59,6 +63,12 @@ def _wait(child: int, taken: set[signal.Signals]) -> int:
     with contextlib.suppress(OSError):  # the terminal is gone
         os.write(2, b"\ninterrupted\n")
     os._exit(128 + number)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(128 + signal.SIGKILL)
 
 
 def _refuse(name: str, crash: str) -> None:
