@@ -7,8 +7,8 @@ Each model is ours with the published one's depth, widths, heads, length, batch 
 are alike, not the same (ours have no gated MLPs, no grouped keys, no rotations). So speeds are
 compared as shares of the peak: model FLOPs by the formula of `flops_per_token`, which is what the
 publications use but for details. Prints a line a case: the published share over the predicted one,
-and whether the published one lies in the predicted band. A case takes one to four minutes; answers
-are kept.
+and whether the published one lies in the predicted band. All take about five minutes on 2
+cores; answers are kept.
 """
 
 import os

@@ -49,7 +49,7 @@ echo "systemd-run --on-active=$seconds gcloud compute tpus $kind delete $NAME $f
 made=("--accelerator-type=$TYPE" "--metadata-from-file=startup-script=$cap" --scopes=cloud-platform)
 if ((QUEUED)); then made+=("--node-id=$NAME" "--runtime-version=$VERSION"); else made+=("--version=$VERSION"); fi
 tpus "$kind" create "$NAME" "${made[@]}" ${SPOT[@]+"${SPOT[@]}"}
-while now=$(state ACTIVE) && [[ ! $now =~ ^(ACTIVE|READY)$ ]]; do
+until now=$(state ACTIVE); [[ $now =~ ^(ACTIVE|READY)$ ]]; do
   [[ ! $now =~ ^(FAILED|SUSPENDED|NONE)$ ]] || die "$NAME was not given: $now"
   wait_a_little
 done
